@@ -1,0 +1,149 @@
+"""The built-in data set, scikit-learn's handwritten digits, and the small VAE that is trained on them in place.
+
+The only file that imports scikit-learn (extra `digits`). Knows nothing of stored latents, models or training runs.
+"""
+
+import logging
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from .sources import split_indices
+
+logger = logging.getLogger(__name__)
+
+MIN_PSNR = 28.0  # dB, mean over held-out digits; below it samples are judged by the VAE's faults
+_BATCH_SIZE = 32
+_LEARNING_RATE = 4e-3
+# Weight of the KL term (nats per latent element) against the squared error of pixels in [-1, 1]. It leaves posterior
+# noise of 0.1 to 0.4 of a channel's deviation, so the decoder forgives the errors of a diffusion model; from 1e-3 on, a
+# channel sinks below its own noise.
+_KL_WEIGHT = 3e-4
+
+
+class Digits:
+    """The 1,797 digits of scikit-learn (8x8, 16 grey levels) as an `ImageSource` of 32x32 RGB images.
+
+    Bright strokes on black: 255 * value / 16, enlarged bicubically, clipped to 0..255 and rounded.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError('the digits need scikit-learn: pip install "iwin-dit[digits]"') from error
+        data = load_digits()
+        self.description = "scikit-learn digits"
+        self.resolution = 32
+        self.class_names = tuple(str(name) for name in data.target_names)
+        self.labels: list[int] = data.target.tolist()
+        self._grey = torch.stack([_enlarge(values, self.resolution) for values in data.images])  # (1797, 32, 32) uint8
+
+    def __len__(self) -> int:
+        return len(self._grey)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._grey[index].expand(3, -1, -1).clone()
+
+
+def _enlarge(values: np.ndarray, side: int) -> torch.Tensor:
+    """One digit (8, 8) with values 0 to 16 as a uint8 image (side, side)."""
+    grey = Image.fromarray((255 * values / 16).astype(np.float32))
+    pixels = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int = 250) -> AutoencoderKL:
+    """Train the small VAE of the digits on the CPU: 32x32 pixels to 4 x 8 x 8 latents, about 20 s on two cores.
+
+    Its loss is squared error plus a small KL term. It sees the training images of `split_indices` alone. The statistics
+    of their latents go into its config (`latents_mean`, `latents_std`), where `LatentCodec` finds them.
+
+    Args:
+        digits: The data set.
+        holdout: Held-out images, as for `split_indices`; the same value belongs in `write_latents`.
+        seed: Key of the split, the initialisation, the batches and the noise; the global generator is left alone.
+        steps: Optimizer steps.
+
+    Returns:
+        The VAE, float32, in evaluation mode.
+
+    Raises:
+        RuntimeError: Held-out images come back with less than 28 dB.
+    """
+    train_indices, val_indices = split_indices(digits.labels, holdout, seed)
+    train, val = (_to_pixels(digits, indices) for indices in (train_indices, val_indices))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = _build_vae()
+        _fit(vae, train, steps)
+    vae.eval().requires_grad_(False)
+    means = torch.cat([vae.encode(batch).latent_dist.mode() for batch in train.split(256)])  # (N, 4, 8, 8)
+    std, mean = torch.std_mean(means, dim=(0, 2, 3))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    psnr = _reconstruction_psnr(vae, val)
+    if psnr < MIN_PSNR:
+        raise RuntimeError(f"the digits VAE reconstructs held-out images at {psnr:.1f} dB, expected {MIN_PSNR} or more")
+    logger.info(
+        "digits VAE: %.1f dB PSNR on %d held-out images (%d steps, %d threads)",
+        psnr,
+        len(val),
+        steps,
+        torch.get_num_threads(),
+    )
+    return vae
+
+
+def _to_pixels(digits: Digits, indices: np.ndarray) -> torch.Tensor:
+    """The images of `indices` as pixels (N, 3, 32, 32) in [-1, 1]."""
+    return torch.stack([digits[i] for i in indices.tolist()]) / 127.5 - 1
+
+
+def _build_vae() -> AutoencoderKL:
+    """A VAE of 0.23M parameters, stride 4, 4 latent channels, drawn from the global generator."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        force_upcast=False,
+        mid_block_add_attention=False,
+    )
+
+
+def _fit(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
+    """Train in place on `images` (N, 3, 32, 32) in [-1, 1], drawing from the global generator."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    for _ in (bar := tqdm(range(steps), desc="digits VAE", unit="step")):
+        batch = images[torch.randint(len(images), (_BATCH_SIZE,))]
+        posterior = vae.encode(batch).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
+        kl = posterior.kl().sum() / posterior.mean.numel()
+        optimizer.zero_grad()
+        (error + _KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(mse=f"{error.item():.4f}", refresh=False)
+
+
+def _reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
+    """Mean over `images` (N, 3, 32, 32) of the PSNR in dB, peak to peak 2, decoded from the posterior mean."""
+    errors = []  # per image
+    for batch in images.split(256):
+        decoded = vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((decoded - batch).square().mean(dim=(1, 2, 3)))
+    return (10 * (math.log10(4) - torch.cat(errors).log10())).mean().item()

@@ -1,0 +1,95 @@
+"""Depthwise convolution on channels-last grids of rank 1 to 3; knows nothing of windows or attention.
+
+Every rank runs on torch's 2-D depthwise kernel, fed a channels-last view, so that no axis is ever moved in memory. A
+3-D kernel is the sum of its temporal taps, each a 2-D convolution of all frames at once: torch's own depthwise conv3d
+is several times slower (docs/LOG.md).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .windows import MAX_RANK, per_axis
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with zero padding, stride 1 and bias, (B, *S, C) -> (B, *S, C).
+
+    In space the kernel is centred. In time (the first axis of a 3-D grid) it is causal: K - 1 zero frames stand in
+    front and none behind, so that a frame never sees a later one (the published Iwin 3D block; arXiv 2507.18405).
+
+    Args:
+        dim: Channels C.
+        kernel_size: Kernel length per axis, or one int per axis of `rank`; odd on spatial axes.
+        rank: Number of grid axes, 1 to 3.
+
+    Raises:
+        ValueError: If a spatial kernel length is even, or the kernel does not fit the rank.
+    """
+
+    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 3, rank: int = 2) -> None:
+        super().__init__()
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"rank must be 1 to {MAX_RANK}, got {rank}")
+        self.kernel_size = per_axis(kernel_size, rank, "kernel_size")
+        if any(k < 1 for k in self.kernel_size) or any(k % 2 == 0 for k in self.kernel_size[-2:]):
+            raise ValueError(f"kernel lengths must be positive, and odd in space, got {self.kernel_size}")
+        self.weight = nn.Parameter(torch.empty(dim, 1, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform with the fans of a depthwise kernel: fan in = fan out = its K taps, not K times the width.
+
+        torch counts C * K taps as the fan out of a (C, 1, K, K) weight; the published code used that and started its
+        convolutions some 20 times too small.
+        """
+        bound = math.sqrt(3.0 / math.prod(self.kernel_size))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve every channel on its own.
+
+        Args:
+            x: (B, *S, C), channels last, with the rank given at construction.
+
+        Returns:
+            (B, *S, C).
+
+        Raises:
+            ValueError: If x has another rank.
+        """
+        rank = len(self.kernel_size)
+        if x.ndim != rank + 2:
+            raise ValueError(f"expected (B, *S, C) with {rank} grid axes, got shape {tuple(x.shape)}")
+        if rank == 1:
+            return self._conv2d(x[:, None], self.weight[:, :, None], self.bias)[:, 0]
+        if rank == 2:
+            return self._conv2d(x, self.weight, self.bias)
+        return self._causal_conv3d(x)
+
+    def _causal_conv3d(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames = x.shape[:2]
+        y = 0
+        for tap, weight in enumerate(self.weight.unbind(2)):  # (C, 1, K, K) each
+            delay = self.kernel_size[0] - 1 - tap  # the last tap reads the frame itself, tap 0 the oldest
+            if delay >= frames:
+                continue  # this tap reads only the zero frames in front
+            past = x[:, : frames - delay].flatten(0, 1)
+            tap_output = self._conv2d(past, weight, self.bias if delay == 0 else None).unflatten(0, (batch, -1))
+            y = y + F.pad(tap_output, [0, 0, 0, 0, 0, 0, delay, 0])
+        return y
+
+    @staticmethod
+    def _conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=x.shape[-1])  # channels_last, no copy
+        return y.permute(0, 2, 3, 1)
+
+    def extra_repr(self) -> str:
+        """Show width and kernel in the module's printout."""
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"

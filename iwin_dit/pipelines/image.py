@@ -1,0 +1,432 @@
+"""`IwinDiTPipeline`: class-conditional images from an Iwin DiT, as a diffusers pipeline like any other.
+
+Owns the sampling loop and guidance. Latent statistics belong to `iwin_dit.data.codec`; steps to the scheduler.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..data.codec import LatentCodec
+from ..models import IwinDiTTransformer2DModel
+from ..nn.windows import per_axis
+
+logger = logging.get_logger(__name__)
+
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Sample class-conditional images.
+
+    Works with flow-matching schedulers (FlowMatchEuler, FlowMatchHeun, and DPMSolverMultistep, UniPC, DEIS with
+    `prediction_type="flow_prediction", use_flow_sigmas=True`) and, for models trained with `diffusion.DDPM`, with the
+    DDPM family (DDPM, DDIM, Euler, DPMSolverMultistep, UniPC).
+
+    LoRA loading is Sana's mixin: it serves any pipeline whose only adapted module is called `transformer`.
+
+    Args:
+        transformer: The denoiser.
+        vae: The autoencoder of its latents. Without one the pipeline returns latents only.
+        scheduler: Sampler; its training convention must be the model's.
+        id2label: Class names by class index.
+        latents_mean: Per-channel mean of the stored latents, for a VAE class whose config has no such field.
+        latents_std: Per-channel standard deviation, likewise.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+    def __init__(
+        self,
+        transformer: IwinDiTTransformer2DModel,
+        vae: ModelMixin | None,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # JSON turns the keys into strings
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        id2label = {int(index): name for index, name in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label, latents_mean=latents_mean, latents_std=latents_std)
+        self.id2label = id2label
+        self.label_ids = _index_names(id2label)
+        self.codec = None if vae is None else LatentCodec(vae, latents_mean, latents_std)
+        self.image_processor = VaeImageProcessor()
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call guides at all."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Attention keyword arguments of the running call."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of scheduler steps of the running call."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the running step, None between calls."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the step."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Turn class names and indices into indices.
+
+        Args:
+            class_labels: An index, a name, a list of either (mixed is fine), or an integer tensor. A name is a whole
+                entry of `id2label` or one of its comma-separated synonyms.
+
+        Returns:
+            Class indices.
+
+        Raises:
+            ValueError: If an index is out of range, or a name is unknown or stands for several classes.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        num_classes = self.transformer.config.num_classes
+        indices = []
+        for label in labels:
+            found = self.label_ids.get(label, []) if isinstance(label, str) else [int(label)]
+            if len(found) > 1:
+                raise ValueError(f"class name {label!r} stands for classes {found}: give the index")
+            if not found:
+                known = ", ".join(map(repr, list(self.id2label.values())[:10])) or "none: this model has no class names"
+                raise ValueError(f"unknown class name {label!r}; the model's names begin with: {known}")
+            if not 0 <= found[0] < num_classes:
+                raise ValueError(f"class labels must be in [0, {num_classes - 1}], got {found[0]}")
+            indices += found
+        if not indices:
+            raise ValueError("class_labels is empty: give at least one class")
+        return indices
+
+    def check_inputs(
+        self,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        guidance_channels: int | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Refuse what cannot work, before any work.
+
+        Args:
+            height: In pixels (latent cells for a pipeline without VAE).
+            width: Likewise.
+            num_inference_steps: Scheduler steps.
+            guidance_scale: At least 1.
+            guidance_interval: Noise levels, low before high, in [0, 1].
+            guidance_channels: None or 1 to the model's channels.
+            output_type: One of "pil", "np", "pt", "latent".
+            callback_on_step_end_tensor_inputs: Names among `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: If an argument is out of its range; the message says which, what was expected and given.
+        """
+        for name, value, axis in (("height", height, 0), ("width", width, 1)):
+            multiple = self.stride * self.transformer.patch_size[axis]
+            if value < 1 or value % multiple:
+                raise ValueError(
+                    f"{name} must be a positive multiple of {multiple} (VAE stride {self.stride} * patch_size "
+                    f"{self.transformer.patch_size[axis]}), got {value}"
+                )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if guidance_scale < 1.0:
+            raise ValueError(f"guidance_scale must be at least 1, and 1 turns guidance off, got {guidance_scale}")
+        low, high = guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval must be (low, high) noise levels in [0, 1], got {guidance_interval}")
+        channels = self.transformer.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels must be None (all) or 1 to {channels}, got {guidance_channels}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if self.codec is None and output_type != "latent":
+            raise ValueError(
+                f"this pipeline has no VAE, so output_type must be 'latent', got {output_type!r}: load it with "
+                "from_pretrained(..., vae=...) to get images"
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent cell on each axis; 1 without VAE, where sizes count latent cells."""
+        return 1 if self.codec is None else self.codec.stride
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Draw the initial noise, or check the one given. Always float32: the loop accumulates in it.
+
+        Args:
+            batch_size: B.
+            height: In pixels.
+            width: In pixels.
+            generator: One for the batch, or one per image, on which alone that image then depends.
+            latents: (B, C, h, w) standard normal noise to start from, or None.
+
+        Returns:
+            (B, C, h, w) noise at the scheduler's first level, float32.
+
+        Raises:
+            ValueError: If there are not as many generators as images, or `latents` has another shape.
+        """
+        shape = (batch_size, self.transformer.config.in_channels, height // self.stride, width // self.stride)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"expected one generator per image ({batch_size}), got {len(generator)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        latents = latents.to(self._execution_device, torch.float32)
+        return latents * getattr(
+            self.scheduler, "init_noise_sigma", 1.0
+        )  # flow matching has none: its first level is 1
+
+    def set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> torch.Tensor:
+        """Set the scheduler's steps.
+
+        FlowMatchEuler left to itself applies its shift twice to the last steps, so it is always given its sigmas.
+
+        Args:
+            num_inference_steps: Number of steps.
+            sigmas: Noise levels before the scheduler's shift, or None for even ones.
+
+        Returns:
+            Timesteps, as the scheduler counts them.
+
+        Raises:
+            ValueError: If `sigmas` are given and the scheduler takes none.
+        """
+        set_timesteps = self.scheduler.set_timesteps
+        takes_sigmas = "sigmas" in inspect.signature(set_timesteps).parameters
+        if sigmas is not None and not takes_sigmas:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas")
+        if sigmas is None and takes_sigmas and hasattr(self.scheduler, "scale_noise"):  # FlowMatchEuler and its kin
+            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        if sigmas is None:
+            set_timesteps(num_inference_steps, device=self._execution_device)
+        else:
+            set_timesteps(sigmas=list(sigmas), device=self._execution_device)
+        return self.scheduler.timesteps
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+    ) -> torch.Tensor:
+        """Predict with classifier-free guidance (arXiv 2207.12598): uncond + scale * (cond - uncond).
+
+        Outside the interval (arXiv 2404.07724) the unconditional half is not computed at all.
+
+        Args:
+            latents: (B, C, h, w), scaled as the scheduler wants its model input.
+            timestep: Scalar in [0, 1000]; the noise level of the interval is a thousandth of it.
+            class_labels: (B,) integers.
+            guidance_scale: 1 turns guidance off.
+            guidance_interval: Noise levels (low, high), both included, between which to guide.
+            guidance_channels: Guide only the first so many channels and keep the conditional prediction in the others,
+                as published LightningDiT and FlashDiT numbers were made; None guides all.
+
+        Returns:
+            (B, C_out, h, w) in float32. A learned variance, channels C and up, is the conditional one.
+        """
+        model_input = latents.to(self.transformer.dtype)
+        low, high = guidance_interval
+        guided = guidance_scale > 1.0 and low <= float(timestep) / 1000.0 <= high
+        if guided:
+            null = torch.full_like(class_labels, self.transformer.null_class)
+            model_input, class_labels = torch.cat([model_input] * 2), torch.cat([class_labels, null])
+        output = self.transformer(
+            model_input, timestep, class_labels, attention_kwargs=self._attention_kwargs, return_dict=False
+        )[0].float()
+        if not guided:
+            return output
+        cond, uncond = output.chunk(2)
+        channels = guidance_channels or latents.shape[1]
+        guided_part = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat([guided_part, cond[:, channels:]], dim=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 3.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            class_labels: Class index, class name, or a list of either.
+            height: Image height in pixels, a multiple of VAE stride * patch_size; None means the training size. In
+                latent cells for a pipeline without VAE.
+            width: Image width, likewise.
+            num_inference_steps: Scheduler steps. Ignored where `sigmas` are given.
+            sigmas: Noise levels from 1 downwards, before the scheduler's shift, in place of even ones.
+            guidance_scale: Classifier-free guidance; 1 turns it off and halves the cost.
+            guidance_interval: Noise levels (low, high), 0 = data, 1 = noise, between which to guide.
+            guidance_channels: Guide only the first so many latent channels (None: all); for parity with published
+                LightningDiT and FlashDiT numbers.
+            num_images_per_label: Images per entry of `class_labels`, next to each other.
+            generator: One for the whole batch, or a list with one per image: then image i depends on generator i alone.
+            latents: (B, C, h, w) standard normal noise to start from.
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1], or "latent" (B, C, h, w). None
+                means "pil", and "latent" for a pipeline without VAE.
+            return_dict: Whether to return an output object or a tuple.
+            attention_kwargs: {"scale": s} scales LoRA layers.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; returns a dict,
+                in which "latents" replaces the latents.
+            callback_on_step_end_tensor_inputs: Names of the tensors given to the callback; "latents" is the only one.
+
+        Returns:
+            `.images`, or a tuple of it.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+            FloatingPointError: If the latents are no longer finite.
+        """
+        # 1. Arguments
+        output_type = output_type or self._default_output_type()
+        default_size = per_axis(self.transformer.config.sample_size, 2, "sample_size")
+        height = height or default_size[0] * self.stride
+        width = width or default_size[1] * self.stride
+        self.check_inputs(
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            guidance_channels,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        indices = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._interrupt, self._current_timestep = False, None
+
+        # 2. Labels, noise, steps
+        labels = torch.tensor(indices, device=self._execution_device)
+        timesteps = self.set_timesteps(num_inference_steps, sigmas)
+        latents = self.prepare_latents(len(indices), height, width, generator, latents)
+        self._num_timesteps = len(timesteps)
+        step_kwargs = {"generator": generator} if "generator" in _parameters(self.scheduler.step) else {}
+
+        # 3. Denoise
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = timestep
+                model_input = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(latents, timestep)
+                # A callback may change the scale between steps, as diffusers' own CFG callbacks do.
+                prediction = self.predict(
+                    model_input, timestep, labels, self.guidance_scale, guidance_interval, guidance_channels
+                )
+                prediction = self._match_scheduler(prediction, latents.shape[1])
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **step_kwargs)[0]
+                if callback_on_step_end is not None:
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = callback_on_step_end(self, i, timestep, tensors).pop("latents", latents)
+                progress_bar.update()
+        self._current_timestep = None
+
+        # 4. Decode
+        images = self._finish(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _default_output_type(self) -> str:
+        if self.codec is not None:
+            return "pil"
+        logger.warning(
+            "This pipeline has no VAE: returning latents. Load it with from_pretrained(..., vae=...) for images."
+        )
+        return "latent"
+
+    def _match_scheduler(self, prediction: torch.Tensor, channels: int) -> torch.Tensor:
+        """Keep a learned variance, (B, 2C, h, w), only for a scheduler that uses one."""
+        if str(self.scheduler.config.get("variance_type")).startswith("learned"):
+            return prediction
+        return prediction[:, :channels]
+
+    def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                "the latents are not finite: the model diverged in training, or overflows in "
+                f"{self.transformer.dtype}; try float32"
+            )
+        if output_type == "latent" or self.codec is None:
+            return latents
+        return self.image_processor.postprocess(self.codec.decode(latents), output_type=output_type)
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _index_names(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """Class indices by name: the whole entry, and each of its comma-separated synonyms."""
+    indices: dict[str, list[int]] = {}
+    for index, entry in id2label.items():
+        for name in {entry, *(synonym.strip() for synonym in entry.split(","))}:
+            indices.setdefault(name, []).append(index)
+    return indices

@@ -1,0 +1,151 @@
+"""The run folder and its checkpoints. All state of a run is in `TrainState`; nothing else is saved or restored.
+
+    runs/<name>/config.json  metrics.jsonl  previews/  pipeline/  checkpoints/step-00001000/
+                                            {model,ema,optimizer}.safetensors, state.json
+
+A checkpoint is written beside its place and renamed into it, so a folder of that name is complete; older ones go only
+after that. No pickle.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..models.loading import load_strictly
+from .config import Config
+from .ema import EMA
+
+# Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned.
+FREE_KEYS = ("overwrite", "dry_run", "log.", "train.steps", "train.compile", "train.gradient_checkpointing")
+
+
+@dataclass
+class TrainState:
+    """Everything that a run's future depends on besides its configuration.
+
+    Attributes:
+        model: The training model, unwrapped.
+        ema: Its average.
+        optimizer: The optimizer, unwrapped.
+        scaler: Gradient scaler of float16 training, else None.
+        step: Optimizer steps done; data order and random numbers are functions of it.
+    """
+
+    model: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
+
+    def save(self, root: Path, keep: int) -> Path:
+        """Write a checkpoint, then remove the oldest ones.
+
+        Args:
+            root: Folder of the checkpoints.
+            keep: How many to keep, this one included.
+
+        Returns:
+            The folder written.
+        """
+        tensors, groups = _flatten_optimizer(self.optimizer.state_dict())
+        final = root / f"step-{self.step:08d}"
+        staging = root / f".{final.name}.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        save_file(self.model.state_dict(), staging / "model.safetensors")
+        save_file(self.ema.model.state_dict(), staging / "ema.safetensors")
+        save_file(tensors, staging / "optimizer.safetensors")
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        state = {"step": self.step, "ema_updates": self.ema.updates, "param_groups": groups, "scaler": scaler}
+        (staging / "state.json").write_text(json.dumps(state, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        Path(staging).replace(final)
+        for old in list_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def load(self, folder: Path) -> None:
+        """Restore a checkpoint in place.
+
+        Args:
+            folder: As `save` returned it.
+
+        Raises:
+            ValueError: If the weights are not those of this model; every difference is listed.
+        """
+        state = json.loads((folder / "state.json").read_text())
+        load_strictly(self.model, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
+        load_strictly(self.ema.model, load_file(folder / "ema.safetensors"), str(folder / "ema.safetensors"))
+        tensors = load_file(folder / "optimizer.safetensors")
+        self.optimizer.load_state_dict(_unflatten_optimizer(tensors, state["param_groups"]))
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.ema.updates = state["ema_updates"]
+        self.step = state["step"]
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted(path for path in root.glob("step-????????") if (path / "state.json").is_file())
+
+
+def open_run(config: Config) -> Path:
+    """Create the run folder, or check that it holds this very run.
+
+    Args:
+        config: The configuration of this start.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: If the folder holds something else, or a run whose configuration differs; the keys are listed.
+    """
+    run = Path(config.run)
+    record = run / "config.json"
+    if config.overwrite and record.is_file():
+        shutil.rmtree(run)
+    if record.is_file():
+        before, now = _flatten(json.loads(record.read_text())), _flatten(json.loads(json.dumps(config.to_dict())))
+        changed = sorted(
+            k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(FREE_KEYS)
+        )
+        if changed:
+            lines = "\n  ".join(f"{key}: {before.get(key)} before, {now.get(key)} now" for key in changed)
+            raise ValueError(
+                f"run folder {run} holds a run of another configuration:\n  {lines}\nGive another --run, or "
+                "--overwrite to delete that run and start afresh"
+            )
+    elif run.is_dir() and any(run.iterdir()):
+        raise ValueError(f"run folder {run} is not empty and holds no run (no config.json): give another --run")
+    run.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(config.to_dict(), indent=1))
+    return run
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Split an optimizer's state dict into tensors "<parameter>.<name>" and JSON-able groups."""
+    tensors = {f"{i}.{name}": value for i, state in state_dict["state"].items() for name, value in state.items()}
+    return tensors, state_dict["param_groups"]
+
+
+def _unflatten_optimizer(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Undo `_flatten_optimizer`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,272 @@
+"""The training configuration: dataclasses, filled from defaults, a YAML file and the command line, in that order.
+
+The model section is the signature of the model itself, so that no size is declared twice. Every key is checked; an
+unknown one is an error that lists the valid ones.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from ..diffusion import DDPM, FlowMatching, Objective
+from ..models import IwinDiTTransformer2DModel
+
+
+@dataclass
+class DataConfig:
+    """Where the latents come from.
+
+    Attributes:
+        source: "digits" (scikit-learn's, built in) or a folder with one folder of images per class.
+        vae: VAE folder or Hub id of any diffusers image VAE. For digits it is trained where it is missing.
+        latents: Folder of encoded latents, made from source and VAE where it is missing.
+        resolution: Image side in pixels.
+        holdout: Images held out for validation: a count, or a fraction below 1.
+        split_seed: Decides which; the same for every run on these latents.
+        encode_batch_size: Images per VAE call while encoding.
+        max_broken_images: Broken images to skip, with a warning each, before giving up.
+        num_workers: Processes that read latents and draw noise ahead of the loop; 0 does it in the loop.
+    """
+
+    source: str = "digits"
+    vae: str = "data/digits/vae"
+    latents: str = "data/digits/latents"
+    resolution: int = 32
+    holdout: int | float = 300
+    split_seed: int = 0
+    encode_batch_size: int = 64
+    max_broken_images: int = 0
+    num_workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay rates of the moments.
+        weight_decay: Decoupled weight decay, on every weight.
+        eps: Added to the denominator.
+        warmup_steps: Steps of linear warm-up.
+        schedule: "constant", or "cosine" down to `final_lr_factor` at the last step.
+        final_lr_factor: Last learning rate over the peak one, for "cosine".
+        max_grad_norm: Gradients are clipped to this norm.
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_factor: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: Optimizer steps. A finished run given more goes on.
+        batch_size: Global batch: samples per optimizer step over all processes and micro-batches.
+        gradient_accumulation_steps: Micro-batches per step; "auto" takes the launcher's, or 1.
+        mixed_precision: "auto" takes the launcher's, or "no".
+        gradient_checkpointing: Recompute blocks in the backward pass, for memory.
+        compile: Compile the repeated block.
+        ema_decay: Decay per step of the averaged weights, reached after a warm-up of (1 + step) / (10 + step).
+        seed: Of the initial weights, data order, noise, times and label dropout.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 256
+    gradient_accumulation_steps: int | Literal["auto"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    ema_decay: float = 0.9999
+    seed: int = 0
+
+
+@dataclass
+class LogConfig:
+    """What is written, and every how many steps; 0 turns a thing off.
+
+    Attributes:
+        every: Loss, rate and speed to metrics.jsonl and the tracker.
+        validate_every: Validation loss of the averaged weights.
+        validation_samples: At most so many held-out latents.
+        preview_every: A grid of samples from the averaged weights.
+        preview_classes: Classes in the grid, one row each; empty means the first ten.
+        preview_columns: Images per class.
+        preview_steps: Sampler steps.
+        preview_guidance_scale: Guidance scale.
+        checkpoint_every: A checkpoint to resume from.
+        keep_checkpoints: How many to keep, at least 1.
+        tracker: "none" or "tensorboard", through Accelerate.
+    """
+
+    every: int = 50
+    validate_every: int = 1000
+    validation_samples: int = 10_000
+    preview_every: int = 5000
+    preview_classes: list[int] = field(default_factory=list)
+    preview_columns: int = 8
+    preview_steps: int = 50
+    preview_guidance_scale: float = 3.0
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+    tracker: Literal["none", "tensorboard"] = "none"
+
+
+@dataclass
+class Config:
+    """Everything that decides a training run.
+
+    Attributes:
+        run: Run folder.
+        overwrite: Start afresh in a run folder that holds another run.
+        dry_run: Print the resolved configuration and the size of the model, then exit.
+        model: Keyword arguments of `IwinDiTTransformer2DModel`.
+        objective: Which of the two objectives below trains.
+        flow_matching: Settings of objective "flow_matching".
+        ddpm: Settings of objective "ddpm".
+        data: Where the latents come from.
+        optim: AdamW and its learning rate.
+        train: The loop.
+        log: What is written, and when.
+    """
+
+    run: str
+    model: dict[str, Any]
+    overwrite: bool = False
+    dry_run: bool = False
+    objective: Literal["flow_matching", "ddpm"] = "flow_matching"
+    flow_matching: FlowMatching = field(default_factory=FlowMatching)
+    ddpm: DDPM = field(default_factory=DDPM)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        idle = "ddpm" if self.objective == "flow_matching" else "flow_matching"
+        if getattr(self, idle) != type(getattr(self, idle))():
+            raise ValueError(f"{idle} settings have no effect with objective {self.objective!r}: remove them")
+        counts = {
+            "train.steps": self.train.steps,
+            "train.batch_size": self.train.batch_size,
+            "data.resolution": self.data.resolution,
+            "data.encode_batch_size": self.data.encode_batch_size,
+            "log.every": self.log.every,
+            "log.keep_checkpoints": self.log.keep_checkpoints,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0.0 <= self.train.ema_decay < 1.0:
+            raise ValueError(f"train.ema_decay must be in [0, 1), got {self.train.ema_decay}")
+        if self.optim.lr <= 0 or self.optim.max_grad_norm <= 0:
+            raise ValueError(f"optim.lr and optim.max_grad_norm must be positive, got {self.optim}")
+        expected = self.build_objective().out_channels(self.model["in_channels"])
+        if self.model["out_channels"] not in (None, expected):
+            raise ValueError(
+                f"model.out_channels must be {expected} (or null) for objective {self.objective!r}, got "
+                f"{self.model['out_channels']}"
+            )
+        self.model["out_channels"] = expected
+
+    def build_objective(self) -> Objective:
+        """Return the objective that trains."""
+        return self.flow_matching if self.objective == "flow_matching" else self.ddpm
+
+    def build_model(self) -> IwinDiTTransformer2DModel:
+        """Build the model, its weights drawn from torch's global generator."""
+        return IwinDiTTransformer2DModel(**self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain nested values, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+
+class ConfigParser(ArgumentParser):
+    """jsonargparse's parser, whose error for an unknown key lists the valid ones of its section."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002  (argparse's signature)
+        """Print the message, with the valid keys where a key is unknown, and exit with status 2."""
+        in_file = re.search(r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'", message)
+        in_arguments = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        if in_file:
+            message = f"{message}\n{self._valid_keys('.'.join(filter(None, in_file.groups())))}"
+        elif in_arguments:
+            message = f"{message}\n{self._valid_keys(in_arguments.group(1).replace('-', '_'))}"
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        raise SystemExit(2)
+
+    def _valid_keys(self, unknown: str) -> str:
+        keys = sorted(set(self.get_defaults().keys()) - {"config"})
+        close = difflib.get_close_matches(unknown, keys, n=1)
+        section = unknown.rpartition(".")[0]
+        siblings = [key for key in keys if section and key.rpartition(".")[0] == section]
+        siblings = siblings or sorted({key.partition(".")[0] for key in keys})
+        hint = f"Did you mean '{close[0]}'? " if close else ""
+        return f"{hint}Valid keys: {', '.join(siblings)}"
+
+
+def build_parser() -> ConfigParser:
+    """Build the command line of `train_dit.py`; `parse_config` turns what it parses into a `Config`."""
+    parser = ConfigParser(
+        prog="train_dit.py",
+        description="Train an Iwin DiT. The same command again resumes the run, or says that it is done.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; the command line overrides it")
+    parser.add_argument("--run", type=str, default="runs/digits", help="run folder")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh in a run folder that holds another run")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and model size, then exit")
+    parser.add_class_arguments(IwinDiTTransformer2DModel, "model")
+    parser.add_argument("--objective", type=Literal["flow_matching", "ddpm"], default="flow_matching")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+SECTIONS: dict[str, type] = {
+    "flow_matching": FlowMatching,
+    "ddpm": DDPM,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "log": LogConfig,
+}
+
+
+def parse_config(arguments: list[str] | None = None, default_config: str | None = None) -> Config:
+    """Read the configuration from the command line.
+
+    Args:
+        arguments: Command line; None means this process's.
+        default_config: YAML file that is read where `--config` is not given.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        SystemExit: With status 2 and a message, if a key is unknown or a value is wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if default_config is not None and not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = ["--config", default_config, *arguments]
+    parser = build_parser()
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config", None)
+    try:
+        sections = {name: section(**values.pop(name)) for name, section in SECTIONS.items()}
+        return Config(**values, **sections)
+    except ValueError as error:
+        parser.error(str(error))

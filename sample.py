@@ -1,0 +1,133 @@
+"""Sample images from a trained model: every pair of class and seed, one PNG each, and a grid.
+
+python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds such as "5", "0-15" or "0-3,8,10-11" (ranges include both ends)."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            seeds += range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected seeds such as 5, 0-15 or 0-3,8, got {text!r}") from error
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"the range of seeds is empty: {text!r}")
+    return seeds
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(prog="sample.py", description="Sample images: every pair of class and seed.")
+    parser.add_argument("--model", required=True, help="run folder, pipeline folder or Hub id")
+    parser.add_argument("--classes", nargs="+", help="class indices or names (default: the first ten)")
+    parser.add_argument("--seeds", type=parse_seeds, default="0-7", help="such as 0-15 or 0,4,8 (default: 0-7)")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the images (default: samples)")
+    parser.add_argument("--grid", type=Path, help="file for the grid (default: grid.png in --out)")
+    parser.add_argument("--steps", type=int, help="sampler steps (default: the pipeline's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 = off (default: the pipeline's)")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
+    )
+    parser.add_argument("--guidance-channels", type=int, help="guide only the first so many latent channels")
+    parser.add_argument("--height", type=int, help="pixels (default: the training size)")
+    parser.add_argument("--width", type=int, help="pixels (default: the training size)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time; changes no image")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    return parser
+
+
+def main() -> None:
+    """Sample and save."""
+    arguments = build_parser().parse_args()
+    try:
+        sample(arguments)
+    except ValueError as error:
+        sys.exit(f"sample.py: error: {error}")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Sample every pair and save the images; raises ValueError for arguments that do not fit the model."""
+    import torch
+    from tqdm import tqdm
+
+    from iwin_dit.pipelines import load_pipeline
+    from iwin_dit.pipelines.pictures import image_grid
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    names = arguments.classes or range(min(10, pipe.transformer.config.num_classes))
+    classes = [pipe.get_label_ids(int(name) if str(name).isdecimal() else name)[0] for name in names]
+    settings = call_settings(arguments)
+
+    pairs = [(label, seed) for label in classes for seed in arguments.seeds]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    images = []
+    for start in tqdm(range(0, len(pairs), arguments.batch_size), desc="sampling", unit="batch"):
+        batch = pairs[start : start + arguments.batch_size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        batch_images = pipe([label for label, _ in batch], generator=generators, **settings).images
+        for (label, seed), image in zip(batch, batch_images, strict=True):
+            about = {"model": arguments.model, "class": label, "seed": seed, "dtype": arguments.dtype, **settings}
+            image.save(arguments.out / file_name(pipe.id2label, label, seed), pnginfo=png_text(about))
+        images += batch_images
+
+    columns = len(arguments.seeds)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
+    grid = arguments.grid or arguments.out / "grid.png"
+    image_grid(rows, labels).save(grid)
+    print(f"wrote {len(images)} images to {arguments.out} and a grid to {grid}")
+
+
+def call_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
+    import inspect
+
+    from iwin_dit import IwinDiTPipeline
+
+    defaults = inspect.signature(IwinDiTPipeline.__call__).parameters
+    given = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "guidance_interval": arguments.guidance_interval and tuple(arguments.guidance_interval),
+        "guidance_channels": arguments.guidance_channels,
+        "height": arguments.height,
+        "width": arguments.width,
+    }
+    return {name: defaults[name].default if value is None else value for name, value in given.items()}
+
+
+def file_name(id2label: dict[int, str], label: int, seed: int) -> str:
+    """Name an image by class and seed: class-003-otter-seed-000012.png; without a name that only repeats the index."""
+    name = id2label.get(label, "").split(",")[0]
+    safe = "".join(c if c.isalnum() else "_" for c in name)
+    middle = f"-{safe}" if safe and safe != str(label) else ""
+    return f"class-{label:03d}{middle}-seed-{seed:06d}.png"
+
+
+def png_text(about: dict[str, Any]) -> Any:
+    """Put the settings of an image into its PNG text, under "iwin-dit", as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from iwin_dit import __version__
+
+    info = PngInfo()
+    info.add_text("iwin-dit", json.dumps({"version": __version__, **about}))
+    return info
+
+
+if __name__ == "__main__":
+    main()

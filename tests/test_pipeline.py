@@ -1,0 +1,416 @@
+"""The image pipeline: what it loads and saves, what it accepts, seeds, guidance, schedulers, callbacks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from iwin_dit import IwinDiTPipeline
+from iwin_dit.pipelines import load_pipeline
+from tests.tools import relative_error, tiny_model, tiny_vae
+
+NAMES = {0: "zero, nought", 1: "crane", 2: "crane", **{i: f"name {i}" for i in range(3, 10)}}
+
+
+def tiny_pipeline(scheduler=None, vae=True, **model) -> IwinDiTPipeline:
+    vae = tiny_vae(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 1.0, 0.5]) if vae else None
+    pipe = IwinDiTPipeline(tiny_model(**model), vae, scheduler or FlowMatchEulerDiscreteScheduler(), id2label=NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> IwinDiTPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "pipeline"
+    pipe.save_pretrained(path)
+    return path
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def draw(pipe, labels=(3, 7), numbers=(0, 1), **arguments):
+    arguments = {"num_inference_steps": 4, "output_type": "latent", **arguments}
+    return pipe(list(labels), generator=seeds(*numbers), **arguments).images
+
+
+# --- saving and loading
+
+
+def test_the_folder_holds_the_data_contract(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "IwinDiTPipeline"
+    assert index["transformer"] == ["iwin_dit", "IwinDiTTransformer2DModel"]
+    assert index["id2label"]["3"] == "name 3"
+    assert json.loads((folder / "transformer" / "config.json").read_text())["num_classes"] == 10  # the null class
+    assert json.loads((folder / "vae" / "config.json").read_text())["latents_std"] == [1.0, 2.0, 1.0, 0.5]
+    assert not list(folder.rglob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda folder: IwinDiTPipeline.from_pretrained(folder),
+        lambda folder: DiffusionPipeline.from_pretrained(folder),
+        lambda folder: IwinDiTPipeline.from_pretrained(folder, transformer=tiny_model()),
+        lambda folder: IwinDiTPipeline.from_pretrained(folder, local_files_only=True, device_map="cpu"),
+        load_pipeline,
+        lambda folder: load_pipeline(folder.parent),
+        lambda folder: load_pipeline(str(folder)),
+    ],
+)
+def test_every_way_of_loading(pipe, folder, load):
+    loaded = load(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is IwinDiTPipeline
+    assert loaded.id2label == NAMES
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_loading_in_bfloat16(pipe, folder):
+    half = IwinDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+    images = draw(half, output_type="np")
+    assert np.abs(images - draw(pipe, output_type="np")).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "a/b/c"])
+def test_loading_from_nowhere(name):
+    with pytest.raises(ValueError, match="expected a run folder"):
+        load_pipeline(name)
+
+
+def test_a_folder_without_a_pipeline(tmp_path):
+    with pytest.raises(ValueError, match="expected a run folder"):
+        load_pipeline(tmp_path)
+
+
+def test_statistics_for_a_vae_without_fields(tmp_path):
+    """They are kept in model_index.json, and the codec reads them there."""
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+    mean, std = [0.5, 0.0, 0.0, 0.0], [2.0, 1.0, 1.0, 1.0]
+    pipe = IwinDiTPipeline(tiny_model(), vae, FlowMatchEulerDiscreteScheduler(), latents_mean=mean, latents_std=std)
+    pipe.save_pretrained(tmp_path)
+    loaded = IwinDiTPipeline.from_pretrained(tmp_path)
+    assert loaded.codec.mean.tolist() == mean
+    assert loaded.codec.std.tolist() == std
+
+
+# --- output
+
+
+def test_output_types(pipe):
+    pil = draw(pipe, output_type="pil")
+    array = draw(pipe, output_type="np")
+    tensor = draw(pipe, output_type="pt")
+    assert [image.size for image in pil] == [(16, 16)] * 2
+    assert array.shape == (2, 16, 16, 3)
+    assert tensor.shape == (2, 3, 16, 16)
+    assert 0 <= tensor.min() <= tensor.max() <= 1
+    np.testing.assert_array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+
+
+def test_latents_decode_to_the_same_image(pipe):
+    decoded = pipe.codec.decode(draw(pipe))
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), draw(pipe, output_type="pt"))
+
+
+def test_tuple_and_default_type(pipe):
+    (images,) = pipe(3, num_inference_steps=1, return_dict=False)
+    assert images[0].size == (16, 16)
+
+
+def test_other_sizes(pipe):
+    assert draw(pipe, height=12, width=28).shape == (2, 4, 6, 14)
+
+
+def test_given_noise_is_the_start(pipe):
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in seeds(0, 1)])
+    images = pipe([3, 7], latents=noise, num_inference_steps=4, output_type="latent").images
+    assert torch.equal(images, draw(pipe))
+
+
+def test_without_vae_latents_only(tmp_path, caplog):
+    pipe = tiny_pipeline(vae=False)
+    pipe.save_pretrained(tmp_path)
+    pipe = IwinDiTPipeline.from_pretrained(tmp_path)
+    assert pipe.vae is None
+    assert pipe(3, num_inference_steps=1).images.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="has no VAE, so output_type must be 'latent', got 'pil'"):
+        pipe(3, num_inference_steps=1, output_type="pil")
+
+
+# --- labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "indices"),
+    [
+        (3, [3]),
+        ("name 4", [4]),
+        (["name 4", 5], [4, 5]),
+        ("nought", [0]),
+        ("zero, nought", [0]),
+        (torch.tensor([1, 2]), [1, 2]),
+    ],
+)
+def test_labels(pipe, labels, indices):
+    assert pipe.get_label_ids(labels) == indices
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (10, r"class labels must be in \[0, 9\], got 10"),
+        (-1, r"class labels must be in \[0, 9\], got -1"),
+        ("dog", "unknown class name 'dog'; the model's names begin with: 'zero, nought', 'crane'"),
+        ("crane", r"class name 'crane' stands for classes \[1, 2\]: give the index"),
+        ([], "class_labels is empty"),
+    ],
+)
+def test_mistaken_labels(pipe, labels, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(labels, num_inference_steps=1)
+
+
+def test_images_per_label(pipe):
+    images = pipe(
+        [3, 7], num_images_per_label=2, generator=seeds(0, 1, 2, 3), num_inference_steps=4, output_type="latent"
+    )
+    assert torch.equal(images.images, draw(pipe, (3, 3, 7, 7), (0, 1, 2, 3)))
+
+
+# --- an image depends on its own generator alone
+
+
+def test_same_noise_in_any_batch(pipe):
+    one = pipe.prepare_latents(1, 16, 16, seeds(5), None)
+    many = pipe.prepare_latents(3, 16, 16, seeds(1, 5, 2), None)
+    assert torch.equal(one[0], many[1])
+    assert one.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler(clip_sample=False)])
+def test_same_image_in_any_batch(scheduler):
+    """Also with a scheduler that draws noise at every step."""
+    pipe = tiny_pipeline(scheduler)
+    alone = draw(pipe, (7,), (5,), output_type="pt")
+    among = draw(pipe, (1, 7, 3), (1, 5, 2), output_type="pt")
+    assert (alone[0] - among[1]).abs().max() < 1e-4
+
+
+def test_as_many_generators_as_images(pipe):
+    with pytest.raises(ValueError, match=r"one generator per image \(2\), got 3"):
+        pipe([1, 2], generator=seeds(0, 1, 2))
+
+
+# --- guidance
+
+
+def calls(pipe, **arguments):
+    """Batch sizes of the transformer's calls."""
+    sizes = []
+    hook = pipe.transformer.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    draw(pipe, **arguments)
+    hook.remove()
+    return sizes
+
+
+def test_the_unconditional_half_is_skipped_where_guidance_is_off(pipe):
+    assert calls(pipe, guidance_scale=1.0) == [2, 2, 2, 2]
+    assert calls(pipe, guidance_scale=3.0) == [4, 4, 4, 4]
+    # Four even steps stand at noise levels 1, 0.75, 0.5, 0.25; both ends of the interval count.
+    assert calls(pipe, guidance_interval=(0.5, 0.75)) == [2, 4, 4, 2]
+    assert calls(pipe, guidance_interval=(0.0, 0.89)) == [2, 4, 4, 4]
+
+
+def test_guidance_is_linear_in_the_two_predictions(pipe):
+    pipe._attention_kwargs = None
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(500.0)
+    y, null = torch.tensor([3, 7]), torch.tensor([10, 10])
+    cond, uncond = pipe.predict(x, t, y), pipe.predict(x, t, null)
+    torch.testing.assert_close(pipe.predict(x, t, y, 3.0), uncond + 3 * (cond - uncond))
+    first = pipe.predict(x, t, y, 3.0, guidance_channels=1)
+    torch.testing.assert_close(first[:, :1], (uncond + 3 * (cond - uncond))[:, :1])
+    torch.testing.assert_close(first[:, 1:], cond[:, 1:])
+
+
+# --- schedulers
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(),
+        DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+        UniPCMultistepScheduler(**FLOW),
+        DEISMultistepScheduler(**FLOW),
+        DDPMScheduler(clip_sample=False),
+        DDIMScheduler(clip_sample=False),
+        EulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(),
+        UniPCMultistepScheduler(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_schedulers(scheduler):
+    pipe = tiny_pipeline(scheduler)
+    images = draw(pipe, guidance_scale=1.0)
+    assert images.isfinite().all()
+    assert torch.equal(images, draw(pipe, guidance_scale=1.0))
+
+
+def test_flow_matching_follows_its_equation(pipe):
+    """x moves by (next sigma - sigma) * v from noise at 1 to data at 0, on even sigmas."""
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in seeds(0, 1)])
+    pipe._attention_kwargs = None
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        x = x - 0.25 * pipe.predict(x, torch.tensor(1000 * sigma), torch.tensor([3, 7]), 3.0)
+    torch.testing.assert_close(draw(pipe), x)
+
+
+def test_the_shift_is_applied_once():
+    shift = 1 / 0.3
+    pipe = tiny_pipeline(FlowMatchEulerDiscreteScheduler(shift=shift))
+    even = np.linspace(1, 0, 11)[:-1]
+    expected = 1000 * shift * even / (1 + (shift - 1) * even)
+    np.testing.assert_allclose(pipe.set_timesteps(10, None).numpy(), expected, rtol=1e-5)
+
+
+def test_custom_sigmas(pipe):
+    sigmas = [1.0, 0.6, 0.1]
+    assert pipe.set_timesteps(50, sigmas).tolist() == pytest.approx([1000, 600, 100])
+    assert draw(pipe, sigmas=sigmas).isfinite().all()
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler takes no custom sigmas"):
+        draw(tiny_pipeline(FlowMatchHeunDiscreteScheduler()), sigmas=sigmas)
+
+
+def test_learned_variance():
+    """A model with twice the channels: DDPM with a learned range uses them all, DDIM only the first half."""
+    images = []
+    for scheduler in (
+        DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        DDIMScheduler(clip_sample=False),
+    ):
+        images.append(draw(tiny_pipeline(scheduler, out_channels=8)))
+    assert all(image.shape == (2, 4, 8, 8) and image.isfinite().all() for image in images)
+
+
+# --- callbacks, interruption, LoRA, failures
+
+
+def test_callback_sees_and_replaces_latents(pipe):
+    seen = []
+
+    def zero_at_the_end(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), pipe.num_timesteps, float(pipe.current_timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    images = draw(pipe, callback_on_step_end=zero_at_the_end)
+    assert seen == [(0, 1000, 4, 1000), (1, 750, 4, 750), (2, 500, 4, 500), (3, 250, 4, 250)]
+    assert not images.any()
+    assert pipe.current_timestep is None
+
+
+def test_callback_interrupts(pipe):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    draw(pipe, callback_on_step_end=stop)
+    assert steps == [0, 1]
+    assert draw(pipe).isfinite().all()  # the next call starts afresh
+
+
+def test_callback_changes_guidance(pipe):
+    def cut(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {}
+
+    assert calls(pipe, callback_on_step_end=cut) == [4, 2, 2, 2]
+
+
+def test_lora_weights(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    pipe.transformer.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_out"], init_lora_weights=False)
+    )
+    adapted = draw(pipe)
+    layers = peft.get_peft_model_state_dict(pipe.transformer)
+    IwinDiTPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    other = tiny_pipeline()
+    other.load_lora_weights(tmp_path)
+    torch.testing.assert_close(draw(other), adapted)
+    assert not torch.allclose(draw(other, attention_kwargs={"scale": 0.5}), adapted)
+    other.unload_lora_weights()
+    torch.testing.assert_close(draw(other), plain)
+
+
+def test_nan_is_an_error_not_a_black_picture():
+    pipe = tiny_pipeline()
+    torch.nn.init.constant_(pipe.transformer.final_layer.linear.bias, float("nan"))
+    for output_type in ("pil", "latent"):
+        with pytest.raises(FloatingPointError, match="latents are not finite"):
+            draw(pipe, output_type=output_type)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 15}, r"height must be a positive multiple of 2 \(VAE stride 2 \* patch_size 1\), got 15"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, and 1 turns guidance off, got 0.5"),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval must be"),
+        ({"guidance_channels": 5}, r"guidance_channels must be None \(all\) or 1 to 4, got 5"),
+        ({"output_type": "png"}, "output_type must be one of"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must have shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be among"),
+    ],
+)
+def test_mistakes(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **arguments)
+
+
+def test_bfloat16_transformer_under_a_float32_loop(pipe):
+    """The loop accumulates in float32 whatever the model computes in."""
+    half = tiny_pipeline()
+    half.transformer.to(torch.bfloat16)
+    assert draw(half).dtype == torch.float32
+    assert relative_error(draw(half, guidance_scale=1.0), draw(pipe, guidance_scale=1.0)) < 0.2

@@ -1,0 +1,44 @@
+"""What several test files share: tiny real components and the error measure."""
+
+import torch
+from diffusers import AutoencoderKL
+
+from iwin_dit import IwinDiTTransformer2DModel
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def tiny_model(**overrides) -> IwinDiTTransformer2DModel:
+    """A model of 2 blocks on 8 x 8 latents, every weight random so that no branch is silent."""
+    torch.manual_seed(0)
+    arguments = {
+        "sample_size": 8,
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_classes": 10,
+    }
+    model = IwinDiTTransformer2DModel(**{**arguments, **overrides})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def tiny_vae(**overrides) -> AutoencoderKL:
+    """A random AutoencoderKL of stride 2 with 4 latent channels."""
+    torch.manual_seed(1)
+    arguments = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**{**arguments, **overrides}).eval()
