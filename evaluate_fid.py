@@ -428,4 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, ImportError, FileNotFoundError, FloatingPointError) as error:  # one line for a user's mistake
+        sys.exit(f"evaluate_fid.py: error: {error}")

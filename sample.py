@@ -5,6 +5,7 @@ python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ def parse_seeds(text: str) -> list[int]:
     """Read seeds such as "5", "0-15" or "0-3,8,10-11" (ranges include both ends)."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            seeds += range(int(first), int(last or first) + 1)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected seeds such as 5, 0-15 or 0-3,8, got {text!r}") from error
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"expected seeds such as 5, 0-15 or 0-3,8, got {text!r}")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not seeds:
         raise argparse.ArgumentTypeError(f"the range of seeds is empty: {text!r}")
     return seeds
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     try:
         sample(arguments)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"sample.py: error: {error}")
 
 
@@ -78,7 +78,7 @@ def sample(arguments: argparse.Namespace) -> None:
     for start in tqdm(range(0, len(pairs), arguments.batch_size), desc="sampling", unit="batch"):
         batch = pairs[start : start + arguments.batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        batch_images = pipe([label for label, _ in batch], generator=generators, **settings).images
+        (batch_images,) = pipe([label for label, _ in batch], generator=generators, return_dict=False, **settings)
         for (label, seed), image in zip(batch, batch_images, strict=True):
             about = {"model": arguments.model, "class": label, "seed": seed, "dtype": arguments.dtype, **settings}
             image.save(arguments.out / file_name(pipe.id2label, label, seed), pnginfo=png_text(about))

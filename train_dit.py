@@ -4,7 +4,6 @@ accelerate launch train_dit.py                                        # the digi
 accelerate launch train_dit.py --config configs/imagenet256_xl.yaml   # the same command again resumes
 """
 
-import json
 import logging
 import math
 import shutil
@@ -27,8 +26,9 @@ from iwin_dit.diffusion import Denoiser, Objective
 from iwin_dit.pipelines.pictures import image_grid
 from iwin_dit.training.batches import Batch, MicroBatches, validation_batch
 from iwin_dit.training.checkpoint import TrainState, list_checkpoints, open_run
-from iwin_dit.training.config import Config, OptimConfig, parse_config
+from iwin_dit.training.config import Config, parse_config
 from iwin_dit.training.ema import EMA
+from iwin_dit.training.log import MetricsLog
 from iwin_dit.training.runtime import make_accelerator, micro_batch_size
 from iwin_dit.training.summary import describe
 
@@ -146,14 +146,14 @@ def train(
     loader = iter(
         micro_batches.loader(state.step * accumulation, steps * accumulation, num_workers=config.data.num_workers)
     )
-    write = open_log(config, accelerator, run, state.step)
+    metrics = MetricsLog(config, accelerator, run, state.step)
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     trained.train()
     clock, clock_step = time.perf_counter(), state.step
     losses: list[torch.Tensor] = []
     while state.step < steps:
         # 1. One optimizer step on the global batch
-        lr = learning_rate(config.optim, state.step, steps)
+        lr = config.optim.learning_rate(state.step, steps)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         loss, grad_norm = optimizer_step(config, accelerator, state, trained, objective, loader)
@@ -168,14 +168,13 @@ def train(
         if due(log.every):
             mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             speed = (state.step - clock_step) * config.train.batch_size / (time.perf_counter() - clock)
-            write(state.step, loss=mean_loss, lr=lr, grad_norm=grad_norm, images_per_second=speed)
+            metrics.write(state.step, loss=mean_loss, lr=lr, grad_norm=grad_norm, images_per_second=speed)
             bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_second=f"{speed:.0f}", refresh=False)
             clock, clock_step, losses = time.perf_counter(), state.step, []
         if due(log.validate_every):
             paused = time.perf_counter()
-            write(
-                state.step, validation_loss=validate(config, accelerator, state.ema.model, objective, codec, held_out)
-            )
+            value = validate(config, accelerator, state.ema.model, objective, codec, held_out)
+            metrics.write(state.step, validation_loss=value)
             clock += time.perf_counter() - paused
         if accelerator.is_main_process and (due(log.preview_every) or due(log.checkpoint_every)):
             paused = time.perf_counter()
@@ -233,16 +232,6 @@ def batch_loss(
     return objective.loss(denoiser, batch.latents, class_labels, batch.noise, batch.times)
 
 
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then constant or a cosine that ends at the last step."""
-    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    if optim.schedule == "constant":
-        return optim.lr * warm
-    progress = min(1.0, max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * warm * (optim.final_lr_factor + (1 - optim.final_lr_factor) * cosine)
-
-
 @torch.no_grad()
 def validate(
     config: Config,
@@ -281,14 +270,14 @@ def preview(config: Config, pipeline: IwinDiTPipeline, path: Path) -> None:
     rows = []
     for label in classes:
         generators = [torch.Generator().manual_seed(seed) for seed in range(log.preview_columns)]
-        rows.append(
-            pipeline(
-                [label] * log.preview_columns,
-                num_inference_steps=log.preview_steps,
-                guidance_scale=log.preview_guidance_scale,
-                generator=generators,
-            ).images
+        (images,) = pipeline(
+            [label] * log.preview_columns,
+            num_inference_steps=log.preview_steps,
+            guidance_scale=log.preview_guidance_scale,
+            generator=generators,
+            return_dict=False,
         )
+        rows.append(images)
     path.parent.mkdir(exist_ok=True)
     image_grid(rows, [pipeline.id2label[label].split(",")[0] for label in classes]).save(path)
 
@@ -300,28 +289,6 @@ def export(pipeline: IwinDiTPipeline, folder: Path) -> None:
     pipeline.save_pretrained(staging)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
-
-
-def open_log(config: Config, accelerator: Accelerator, run: Path, step: int) -> Any:
-    """Open metrics.jsonl and the tracker; return `write(step, **values)`.
-
-    A resumed run first drops the lines that were written after its checkpoint.
-    """
-    path = run / "metrics.jsonl"
-    if accelerator.is_main_process:
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    if config.log.tracker != "none":
-        accelerator.init_trackers(config.log.tracker)
-
-    def write(step: int, **values: float) -> None:
-        if accelerator.is_main_process:
-            record = {"step": step, "images": step * config.train.batch_size, **values}
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        accelerator.log(values, step=step)
-
-    return write
 
 
 if __name__ == "__main__":

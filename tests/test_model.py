@@ -243,7 +243,9 @@ def test_lora(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model()
     expected = run(model)
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out"], init_lora_weights=False
+    )
     model.add_adapter(config, "style")
     adapted = run(model)
     assert not torch.allclose(adapted, expected)
@@ -251,7 +253,7 @@ def test_lora(tmp_path):
     assert not torch.allclose(half, adapted)
     model.save_lora_adapter(tmp_path, adapter_name="style")
     other = tiny_model()
-    other.load_lora_adapter(tmp_path, prefix=None, adapter_name="style")
+    other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="style")
     torch.testing.assert_close(run(other), adapted)
     model.fuse_lora()
     torch.testing.assert_close(run(model), adapted)

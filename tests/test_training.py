@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_dit
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.training.batches import MicroBatches
 from iwin_dit.training.checkpoint import TrainState, list_checkpoints, open_run
@@ -60,7 +59,6 @@ def test_later_values_win():
             ["--objective", "ddpm", "--ddpm.learned_variance", "true", "--model.out_channels", "4"],
             ["must be 8 (or null)"],
         ),
-        (["--model.num_layers", "-1"], ["num_layers must be at least 1, got -1"]),
     ],
 )
 def test_mistakes_name_the_field(arguments, messages, capsys):
@@ -74,7 +72,7 @@ def test_mistakes_name_the_field(arguments, messages, capsys):
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("modle: {num_layers: 2}", ["modle", "Did you mean 'model'?"]),
+        ("modle: {num_layers: 2}", ["modle", "Did you mean 'model.num_layers'?"]),
         ("model: {num_layer: 2}", ["num_layer", "Did you mean 'model.num_layers'?"]),
         ("optim: {lr: !!python/object/apply:os.getcwd []}", []),
     ],
@@ -139,9 +137,9 @@ def test_ema_of_a_bfloat16_model_is_float32():
 
 def test_learning_rate():
     optim = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr_factor=0.1)
-    rates = [train_dit.learning_rate(optim, step, 104) for step in (0, 3, 4, 54, 104)]
+    rates = [optim.learning_rate(step, 104) for step in (0, 3, 4, 54, 104)]
     assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1])
-    assert train_dit.learning_rate(OptimConfig(lr=0.3), 10**6, 10) == 0.3
+    assert OptimConfig(lr=0.3).learning_rate(10**6, 10) == 0.3
 
 
 def test_batch_split():
@@ -226,8 +224,11 @@ def test_checkpoints_are_whole_and_pruned_last(tmp_path):
     assert (other.step, other.ema.updates) == (3, 3)
     for ours, theirs in ((other.model, model), (other.ema.model, state.ema.model)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    for ours, theirs in zip(other.optimizer.state.values(), state.optimizer.state.values(), strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = other.optimizer.state_dict(), state.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, moments in theirs["state"].items():
+        assert all(torch.equal(ours["state"][index][name], moments[name]) for name in moments)
 
 
 # --- the script

@@ -133,6 +133,12 @@ def test_the_papers_condition(side, window, kernel, interior, borders, percent):
     assert report.borders == (report.linked_pairs == 1.0)
 
 
+def test_borders_are_counted_not_only_bounded():
+    """Where G does not divide the axis, fewer taps than 2G - 1 can be enough."""
+    assert global_exchange((7,), 3, 3).borders
+    assert global_exchange((9,), 5, 2, causal_axes=(0,)).borders
+
+
 def test_a_causal_axis_never_links_all():
     for kernel in (2, 3):
         report = global_exchange((16,), 8, kernel, causal_axes=(0,))

@@ -27,7 +27,7 @@ from ..nn import (
     sincos_positions,
     unpatchify,
 )
-from ..nn.blocks import Activation, BlockStructure, Gate, NormType
+from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, global_exchange, per_axis, plan_window
 
 Size = int | tuple[int, ...]
@@ -140,15 +140,18 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise every weight (section 3.2 of DiT, arXiv 2212.09748, with a depthwise convolution of unit gain).
+        """Initialise every weight.
 
         | weight                          | distribution                                                    |
         |---------------------------------|-----------------------------------------------------------------|
         | every Linear                    | Xavier uniform, bias 0                                          |
         | depthwise convolution           | Xavier uniform with its own fans (`DepthwiseConv`), bias 0      |
-        | timestep MLP, label table       | normal, standard deviation 0.02, bias 0                         |
+        | label table                     | normal, standard deviation 0.5                                  |
         | modulations, output layer       | 0: with gate "zero" a block is the identity, the prediction 0   |
         | norm scales                     | 1                                                               |
+
+        As DiT (arXiv 2212.09748, section 3.2), but for the convolution and for conditioning of unit scale: DiT has 0.02
+        in label table and time MLP, and the zero modulations learn at a rate proportional to it (docs/LOG.md).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -157,12 +160,11 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, DepthwiseConv):
                 module.reset_parameters()
-        for module in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed):
-            nn.init.normal_(module.weight, std=0.02)
-        zero_layers = [*(block.modulation.linear for block in self.blocks), self.final_layer.modulation.linear]
-        for module in (*zero_layers, self.final_layer.linear):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.5)
+        zero_layers = [module.linear for module in self.modules() if isinstance(module, Modulation | FinalLayer)]
+        for layer in zero_layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     @property
     def null_class(self) -> int:

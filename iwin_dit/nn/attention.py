@@ -18,8 +18,9 @@ from torch import nn
 
 from .windows import key_mask, merge, partition
 
-# Backends that go through torch's scaled_dot_product_attention and take a (B, 1, 1, L) boolean mask. Flash kernels take
-# no mask, variable-length ones read it as a prefix length, sage drops it, flex builds a block mask on every call.
+# Backends that go through torch's scaled_dot_product_attention and honour a (B, 1, 1, L) boolean mask. Flash and sage
+# take none, variable-length kernels read it as a prefix length, xformers adds it as 0 and 1, and flex builds a block
+# mask on every call.
 MASKED_BACKENDS = (
     AttentionBackendName.NATIVE,
     AttentionBackendName._NATIVE_CUDNN,
@@ -97,6 +98,7 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = IwinAttnProcessor
     _available_processors: ClassVar[list[type]] = [IwinAttnProcessor]
     is_cross_attention = False
+    to_qkv: nn.Linear  # made by `fuse_projections`
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(dim, dim)
-        self.set_processor(self._default_processor_cls())
+        self.processor = IwinAttnProcessor()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend inside every window.

@@ -74,14 +74,12 @@ class DepthwiseConv(nn.Module):
 
     def _causal_conv3d(self, x: torch.Tensor) -> torch.Tensor:
         batch, frames = x.shape[:2]
-        y = 0
-        for tap, weight in enumerate(self.weight.unbind(2)):  # (C, 1, K, K) each
-            delay = self.kernel_size[0] - 1 - tap  # the last tap reads the frame itself, tap 0 the oldest
-            if delay >= frames:
-                continue  # this tap reads only the zero frames in front
-            past = x[:, : frames - delay].flatten(0, 1)
-            tap_output = self._conv2d(past, weight, self.bias if delay == 0 else None).unflatten(0, (batch, -1))
-            y = y + F.pad(tap_output, [0, 0, 0, 0, 0, 0, delay, 0])
+        *earlier, own = self.weight.unbind(2)  # temporal taps, (C, 1, K, K) each; the last one reads the frame itself
+        y = self._conv2d(x.flatten(0, 1), own, self.bias).unflatten(0, (batch, frames))
+        for delay, weight in enumerate(reversed(earlier), start=1):
+            if delay < frames:  # a tap that reaches further back reads only the zero frames in front
+                past = self._conv2d(x[:, :-delay].flatten(0, 1), weight, None).unflatten(0, (batch, frames - delay))
+                y = y + F.pad(past, [0, 0, 0, 0, 0, 0, delay, 0])
         return y
 
     @staticmethod

@@ -44,7 +44,7 @@ def resolve_window(grid: Sequence[int], window: int | Sequence[int]) -> tuple[tu
     """Find the windows that are actually used on a grid.
 
     Per axis: the window is clipped to N (-1 = the whole axis), G = ceil(N / M), and then M' = ceil(N / G) is used: the
-    same G groups, hence the same tokens attend to each other, with at most G - 1 padded cells instead of M - 1.
+    same G groups, hence in interleaved windows the same tokens attend to each other, with at most G - 1 padded cells.
 
     Args:
         grid: Axis lengths N.
@@ -180,8 +180,8 @@ class GlobalExchange:
         groups: Windows per axis, G.
         kernel: Kernel lengths K.
         interior: K >= G on every axis, the paper's condition: it holds for tokens whose kernel the border does not cut.
-        borders: The link holds for tokens at the border as well: K >= 2G - 1 on every centred axis, G = 1 on a causal
-            one, where frame 0 never hears of the last frame through the convolution.
+        borders: The link holds for all pairs, those at the border too: K >= 2G - 1 on every centred axis, G = 1 on a
+            causal one; sufficient always, necessary where G divides the axis.
         linked_pairs: Fraction of ordered token pairs (from, to) linked by the two steps, counted exactly.
     """
 
@@ -233,18 +233,15 @@ def global_exchange(
         attention_first, convolution_first = attention @ convolution > 0, convolution @ attention > 0
         links = (attention_first, convolution_first, attention_first & convolution_first)
         counts = [count * int(link.sum()) for count, link in zip(counts, links, strict=True)]
-    linked = (counts[0] + counts[1] - counts[2]) / math.prod(grid) ** 2
+    linked, pairs = counts[0] + counts[1] - counts[2], math.prod(grid) ** 2
     return GlobalExchange(
         tuple(grid),
         lengths,
         groups,
         kernels,
         interior=all(k >= g for k, g in zip(kernels, groups, strict=True)),
-        borders=all(
-            g == 1 if axis in causal_axes else k >= 2 * g - 1
-            for axis, (k, g) in enumerate(zip(kernels, groups, strict=True))
-        ),
-        linked_pairs=linked,
+        borders=linked == pairs,
+        linked_pairs=linked / pairs,
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
+from ..models import IwinDiTTransformer2DModel
 from ..models.loading import load_strictly
 from .config import Config
 from .ema import EMA
@@ -37,8 +37,8 @@ class TrainState:
         step: Optimizer steps done; data order and random numbers are functions of it.
     """
 
-    model: nn.Module
-    ema: EMA
+    model: IwinDiTTransformer2DModel
+    ema: EMA[IwinDiTTransformer2DModel]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
@@ -53,16 +53,15 @@ class TrainState:
         Returns:
             The folder written.
         """
-        tensors, groups = _flatten_optimizer(self.optimizer.state_dict())
         final = root / f"step-{self.step:08d}"
         staging = root / f".{final.name}.tmp"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         save_file(self.model.state_dict(), staging / "model.safetensors")
         save_file(self.ema.model.state_dict(), staging / "ema.safetensors")
-        save_file(tensors, staging / "optimizer.safetensors")
+        save_file(_optimizer_tensors(self.optimizer), staging / "optimizer.safetensors")
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        state = {"step": self.step, "ema_updates": self.ema.updates, "param_groups": groups, "scaler": scaler}
+        state = {"step": self.step, "ema_updates": self.ema.updates, "scaler": scaler}
         (staging / "state.json").write_text(json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         Path(staging).replace(final)
@@ -82,8 +81,7 @@ class TrainState:
         state = json.loads((folder / "state.json").read_text())
         load_strictly(self.model, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
         load_strictly(self.ema.model, load_file(folder / "ema.safetensors"), str(folder / "ema.safetensors"))
-        tensors = load_file(folder / "optimizer.safetensors")
-        self.optimizer.load_state_dict(_unflatten_optimizer(tensors, state["param_groups"]))
+        _load_optimizer_tensors(self.optimizer, load_file(folder / "optimizer.safetensors"))
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.ema.updates = state["ema_updates"]
@@ -136,16 +134,16 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Split an optimizer's state dict into tensors "<parameter>.<name>" and JSON-able groups."""
-    tensors = {f"{i}.{name}": value for i, state in state_dict["state"].items() for name, value in state.items()}
-    return tensors, state_dict["param_groups"]
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return an optimizer's state as tensors by "<parameter number>.<name>"; its settings are the configuration's."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
 
 
-def _unflatten_optimizer(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Undo `_flatten_optimizer`."""
+def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Undo `_optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": groups}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

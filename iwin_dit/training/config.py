@@ -6,6 +6,7 @@ unknown one is an error that lists the valid ones.
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -67,6 +68,15 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_factor: float = 0.0
     max_grad_norm: float = 1.0
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of step `step` (0 to steps - 1)."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "constant":
+            return self.lr * warm
+        progress = min(1.0, max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * warm * (self.final_lr_factor + (1 - self.final_lr_factor) * cosine)
 
 
 @dataclass

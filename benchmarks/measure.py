@@ -1,0 +1,114 @@
+"""Time and memory of competing steps, taken in one process so that they compare; knows nothing of what the steps do."""
+
+import itertools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from iwin_dit.metrics.result import environment
+
+Step = Callable[[], object]
+WARM_UP = 2  # rounds; the first compiles where that is asked for
+
+
+def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Time every step once per round, so that a machine that slows down slows all of them.
+
+    Args:
+        steps: What to time, by name.
+        device: Where the steps run; it is waited for before and after each.
+        repeats: Rounds, after a warm-up that is not counted.
+
+    Returns:
+        Seconds per step, one number per round, in the order of the rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(WARM_UP + repeats):
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+def peak_memory(steps: Mapping[str, Step], device: torch.device) -> dict[str, int]:
+    """Measure how far each step raises the memory held in tensors above what was held when it began.
+
+    On CUDA this is torch's own peak counter. On a CPU it is the running sum of every allocation and release that
+    torch's CPU allocator reports to its profiler, those inside operators included; memory that a math library takes
+    past that allocator is not seen. (The resident set of the process would not do: its peak never falls.)
+
+    Args:
+        steps: What to measure, by name, each run once.
+        device: Where the steps run.
+
+    Returns:
+        Bytes per step.
+    """
+    if device.type == "cuda":
+        return {name: _cuda_peak(step, device) for name, step in steps.items()}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for name, step in steps.items():
+            with record_function(name):
+                step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    events.sort(key=lambda event: event.get("ts", 0))
+    spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation"}
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    return {name: _highest(size for ts, size in changes if spans[name][0] <= ts <= spans[name][1]) for name in steps}
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Describe what a measurement depends on: device, threads, load of the machine before it, versions, commit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": os.getloadavg()[0],
+        **environment(),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cuda_peak(step: Step, device: torch.device) -> int:
+    _wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    _wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _highest(changes: Any) -> int:
+    return max(itertools.accumulate(changes), default=0)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first quartile, the median and the third quartile."""
+    return [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]

@@ -1,0 +1,147 @@
+"""The benchmark's sides agree, its counts are right and its command line works; nothing here is timed."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import block
+from benchmarks.measure import peak_memory, quartiles, time_interleaved
+
+CPU = torch.device("cpu")
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+TINY = ["--width", "16", "--heads", "2", "--batch-tokens", "64", "--repeats", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def sides():
+    torch.manual_seed(0)
+    return block.build_sides(side=8, width=16, heads=2, kernel=3, windows=[2, 4])
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return block.random_inputs(side=8, batch=2, width=16, device=CPU, dtype=torch.float32)
+
+
+def test_sides_agree(sides, inputs):
+    errors = block.check_agreement(sides, inputs)
+    assert set(errors) == {"iwin 2", "iwin 4", "global"}
+    assert max(errors.values()) < 1e-5
+
+
+def test_windows_matter(sides, inputs):
+    """The agreement above is none of branches that cancel: sides of different windows do differ."""
+    outputs = [sides[name](*inputs[:2]) for name in ("iwin 2", "iwin 4", "global", "floor")]
+    for i, a in enumerate(outputs):
+        for b in outputs[:i]:
+            assert (a - b).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("branch", ["attn", "conv"])
+def test_disagreement_is_loud(sides, inputs, branch):
+    with torch.no_grad():
+        next(sides["four-copy 4"].get_submodule(branch).parameters()).mul_(1.1)
+    with pytest.raises(RuntimeError, match="'iwin 4' and its straightforward twin must agree"):
+        block.check_agreement(sides, inputs)
+
+
+def test_neighbours_instead_of_interleaved_disagree(sides, inputs):
+    sides["iwin 4"].attn.interleaved = False
+    with pytest.raises(RuntimeError, match="iwin 4"):
+        block.check_agreement(sides, inputs)
+
+
+def test_the_floor_maps_tokens_on_their_own_and_trains_every_layer(sides, inputs):
+    x, conditioning, _ = inputs
+    seen = torch.autograd.grad(sides["floor"](x, conditioning)[0, 3, 5].sum(), x)[0].any(-1)
+    assert seen.nonzero().tolist() == [[0, 3, 5]]
+    assert all(gradient.any() for gradient in block.gradients(sides["floor"], inputs))
+
+
+def test_multiply_adds():
+    macs = block.count_macs(side=8, width=16, heads=2, kernel=3, windows=[4])
+    linear = 64 * (4 * 16**2 + 3 * 16 * int(2 / 3 * 64)) + 7 * 16**2  # projections, SwiGLU; modulation, once a sample
+    convolution = 9 * 64 * 16
+    assert macs == {
+        "floor": linear,
+        "global": linear + convolution + 2 * 64 * 64 * 16,
+        "iwin 4": linear + convolution + 2 * 16 * 64 * 16,
+        "four-copy 4": linear + convolution + 2 * 16 * 64 * 16,
+    }
+
+
+def test_window_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"must divide the grid, got window 3 for 8 x 8"):
+        block.build_sides(side=8, width=16, heads=2, kernel=3, windows=[3])
+
+
+def test_windows_measured():
+    assert [block.windows_for(side, 3) for side in (8, 16, 32, 64)] == [[8, 4], [8], [8, 16], [16, 32]]
+
+
+def test_peak_memory():
+    def two_kept_one_released():
+        a = torch.empty(1000)
+        del a
+        b, c = torch.empty(3000), torch.empty(500)
+        return b, c
+
+    steps = {"kept": two_kept_one_released, "nothing": lambda: None}
+    assert peak_memory(steps, CPU) == {"kept": 4 * 3500, "nothing": 0}
+
+
+def test_rounds_are_interleaved_and_warm_up_is_not_counted():
+    order = []
+    seconds = time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=3)
+    assert "".join(order) == "ab" * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert quartiles([3.0, 1.0, 2.0]) == [1.5, 2.0, 2.5]
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    threads = torch.get_num_threads()
+    block.main([*TINY, "--tokens", "64", "--out", str(out)])
+    torch.set_num_threads(threads)
+    record = json.loads(out.read_text())
+    assert {"device", "threads", "commit", "packages", "load_average_before"} <= set(record["machine"])
+    assert record["settings"]["tokens"] == [64]
+    assert [row["global_exchange"]["window"] for row in record["rows"]] == [[8, 8], [4, 4]]
+    for row in record["rows"]:
+        assert row["batch"] == 1
+        assert set(row["sides"]) == {"iwin", "four-copy", "global", "floor"}
+        assert set(row["ratios"]) == {"four-copy / iwin", "global / iwin", "iwin / floor"}
+        low, median, high = row["ratios"]["iwin / floor"]["time"]
+        assert 0 < low <= median <= high
+        assert row["ratios"]["four-copy / iwin"]["macs"] == 1
+    assert capsys.readouterr().out.strip() == block.table(record["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "200"], "square number of tokens"),
+        (["--tokens", "256", "--batch-tokens", "300"], "multiple of every --tokens"),
+        (["--dtype", "float16"], "invalid choice"),
+    ],
+)
+def test_mistaken_commands(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        block.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_shows_the_stored_run():
+    """Commands on the page parse, and its tables are those of the JSON files beside the benchmark."""
+    text = PAGE.read_text()
+    for line in re.findall(r"^python -m benchmarks\.block(.*)$", text, re.MULTILINE):
+        block.build_parser().parse_args(shlex.split(line, comments=True))
+    results = sorted((PAGE.parents[1] / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        assert block.table(json.loads(path.read_text())["rows"]) in text
