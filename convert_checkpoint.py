@@ -6,6 +6,7 @@ python convert_checkpoint.py flashdit flashdit-xl-win8-imagenet256-56ep.pt --out
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -28,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Convert."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_args(argv)
     try:
         convert(arguments)
     except ValueError as error:
@@ -48,6 +49,9 @@ def convert(arguments: argparse.Namespace) -> None:
 
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ValueError(f"--out must be a new or empty folder, got {arguments.out}")
+    vae = open_vae(arguments.vae) if arguments.vae else None
+    if vae is not None and not arguments.latent_stats and vae.config.get("latents_mean") is None:
+        raise ValueError("FlashDiT normalises its latents per channel: give --latent-stats with this --vae")
     mean, std = read_latent_stats(arguments.latent_stats) if arguments.latent_stats else (None, None)
     model = convert_flashdit(
         read_checkpoint(arguments.checkpoint),
@@ -60,7 +64,6 @@ def convert(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--latent-stats has {len(values)} values of {name}, the model has {model.config.in_channels} channels"
             )
-    vae = open_vae(arguments.vae) if arguments.vae else None
     if vae is not None and mean is not None and "latents_mean" in vae.config:
         # Where diffusers keeps them; the published normalisation has no scaling or shift besides.
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)

@@ -4,11 +4,17 @@ python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
 """
 
 import argparse
+import inspect
 import json
 import re
 import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what needs torch is imported in the functions, so that --help answers at once
+    from iwin_dit import IwinDiTPipeline
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -46,9 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Sample and save."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_args(argv)
     try:
         sample(arguments)
     except (ValueError, FloatingPointError) as error:
@@ -67,10 +73,14 @@ def sample(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
+    if pipe.vae is None:
+        raise ValueError(
+            f"{arguments.model} has no VAE, so there are latents but no images: convert it again with --vae"
+        )
     pipe.set_progress_bar_config(disable=True)
     names = arguments.classes or range(min(10, pipe.transformer.config.num_classes))
     classes = [pipe.get_label_ids(int(name) if str(name).isdecimal() else name)[0] for name in names]
-    settings = call_settings(arguments)
+    settings = call_settings(arguments, pipe)
 
     pairs = [(label, seed) for label in classes for seed in arguments.seeds]
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +91,7 @@ def sample(arguments: argparse.Namespace) -> None:
         (batch_images,) = pipe([label for label, _ in batch], generator=generators, return_dict=False, **settings)
         for (label, seed), image in zip(batch, batch_images, strict=True):
             about = {"model": arguments.model, "class": label, "seed": seed, "dtype": arguments.dtype, **settings}
+            about["scheduler"] = {"class": type(pipe.scheduler).__name__, **json.loads(pipe.scheduler.to_json_string())}
             image.save(arguments.out / file_name(pipe.id2label, label, seed), pnginfo=png_text(about))
         images += batch_images
 
@@ -92,20 +103,19 @@ def sample(arguments: argparse.Namespace) -> None:
     print(f"wrote {len(images)} images to {arguments.out} and a grid to {grid}")
 
 
-def call_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def call_settings(arguments: argparse.Namespace, pipe: "IwinDiTPipeline") -> dict[str, Any]:
     """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
-    import inspect
-
-    from iwin_dit import IwinDiTPipeline
-
-    defaults = inspect.signature(IwinDiTPipeline.__call__).parameters
+    defaults = inspect.signature(pipe.__call__).parameters
+    height, width = (
+        n * p * pipe.stride for n, p in zip(pipe.transformer.base_grid, pipe.transformer.patch_size, strict=True)
+    )
     given = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "guidance_interval": arguments.guidance_interval and tuple(arguments.guidance_interval),
         "guidance_channels": arguments.guidance_channels,
-        "height": arguments.height,
-        "width": arguments.width,
+        "height": height if arguments.height is None else arguments.height,
+        "width": width if arguments.width is None else arguments.width,
     }
     return {name: defaults[name].default if value is None else value for name, value in given.items()}
 
@@ -122,10 +132,9 @@ def png_text(about: dict[str, Any]) -> Any:
     """Put the settings of an image into its PNG text, under "iwin-dit", as JSON."""
     from PIL.PngImagePlugin import PngInfo
 
-    from iwin_dit import __version__
-
+    packages = {name: version(name) for name in ("iwin-dit", "diffusers", "torch")}
     info = PngInfo()
-    info.add_text("iwin-dit", json.dumps({"version": __version__, **about}))
+    info.add_text("iwin-dit", json.dumps({**about, "packages": packages}))
     return info
 
 

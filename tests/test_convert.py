@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import convert_checkpoint
+import sample
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.convert import convert_flashdit, read_checkpoint, read_latent_stats
 from iwin_dit.convert.flashdit import Sizes, rename
 from iwin_dit.models.loading import load_strictly
 from iwin_dit.nn import IwinDiTBlock
-from tests.tools import relative_error
+from tests.tools import relative_error, tiny_vae
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -97,7 +100,6 @@ def test_model_is_minus_flashdit_in_reversed_time(dtype):
 def test_guidance_on_three_channels_matches_the_published_sampler(time, interval, output):
     parameters, tensors, config = golden("flashdit_model", torch.float32)
     pipe = IwinDiTPipeline(convert(parameters), None, FlowMatchEulerDiscreteScheduler())
-    pipe._attention_kwargs = None
     half = tensors["cfg.x"][:2]
     prediction = pipe.predict(
         half, 1000 * (1 - tensors[time][0]), tensors["cfg.y"][:2], config["cfg_scale"], interval, config["cfg_channels"]
@@ -200,3 +202,66 @@ def test_latent_statistics_from_both_formats(tmp_path):
     (tmp_path / "stats.json").write_text('{"latents_mean": [0.5, 0.5]}')
     with pytest.raises(ValueError, match="latents_std"):
         read_latent_stats(tmp_path / "stats.json")
+
+
+# --- the script
+
+
+def write_checkpoint(parameters, folder: Path) -> list[str]:
+    torch.save({"ema": parameters}, folder / "flashdit.pt")
+    sizes = ["--num-attention-heads", "4", "--window-size", "4", "4", "--sample-size", "8"]
+    return ["flashdit", str(folder / "flashdit.pt"), "--out", str(folder / "out"), *sizes]
+
+
+def test_script_without_vae(parameters, tmp_path, capsys):
+    convert_checkpoint.main(write_checkpoint(parameters, tmp_path))
+    assert "the pipeline gives latents only" in capsys.readouterr().out
+    pipe = IwinDiTPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.scheduler.config.shift == pytest.approx(1 / 0.3)
+    assert pipe(3, num_inference_steps=2).images.shape == (1, 4, 8, 8)
+    with pytest.raises(SystemExit, match="must be a new or empty folder"):
+        convert_checkpoint.main(write_checkpoint(parameters, tmp_path))
+    with pytest.raises(SystemExit, match="has no VAE"):
+        sample.main(["--model", str(tmp_path / "out"), "--out", str(tmp_path / "images")])
+
+
+def test_script_with_vae_and_statistics(parameters, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    (tmp_path / "stats.json").write_text('{"latents_mean": [0.5, 0, 0, 0], "latents_std": [2, 1, 1, 1]}')
+    arguments = [*write_checkpoint(parameters, tmp_path), "--vae", str(tmp_path / "vae")]
+    with pytest.raises(SystemExit, match="give --latent-stats"):
+        convert_checkpoint.main(arguments)
+    convert_checkpoint.main([*arguments, "--latent-stats", str(tmp_path / "stats.json")])
+    pipe = IwinDiTPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.vae.config.latents_mean == [0.5, 0, 0, 0]
+    assert pipe.codec.std.tolist() == [2, 1, 1, 1]  # no scaling factor besides
+    sample.main(
+        [
+            "--model",
+            str(tmp_path / "out"),
+            "--classes",
+            "3",
+            "--seeds",
+            "0-1",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "images"),
+        ]
+    )
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["class-003-seed-000000.png", "class-003-seed-000001.png", "grid.png"]
+    with Image.open(tmp_path / "images" / names[0]) as image:
+        about = json.loads(image.text["iwin-dit"])
+    assert (about["height"], about["width"], about["scheduler"]["class"]) == (16, 16, "FlowMatchEulerDiscreteScheduler")
+
+
+def test_script_with_a_vae_that_does_not_exist(parameters, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere"):
+        convert_checkpoint.main([*write_checkpoint(parameters, tmp_path), "--vae", str(tmp_path / "nowhere")])
+
+
+def test_damaged_file(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "a.safetensors")

@@ -122,6 +122,9 @@ def test_auto_window_is_stored_as_numbers(tmp_path):
         ({"window_size": (4, 4, 4)}, "window_size must be an int or have one entry per grid axis"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"conv_kernel_size": 4}, "odd"),
+        ({"out_channels": 0}, "out_channels must be at least 1, or None"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 leaves no hidden channels"),
+        ({"window_size": 4.0}, "window_size must be 'auto', an int or one int per axis, got 4.0"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"class_dropout_prob": 1.5}, "class_dropout_prob must be in"),
         ({"pos_embed_type": "rope"}, "pos_embed_type must be 'none' or 'sincos', got 'rope'"),
@@ -189,13 +192,25 @@ def test_loading_lists_every_difference(tmp_path):
         assert part in str(error.value)
 
 
-def test_new_classes_may_be_asked_for(tmp_path):
-    """Fine-tuning on other classes: diffusers' own switch still works."""
-    tiny_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_new_classes_may_be_asked_for(tmp_path, low_cpu_mem_usage):
+    """Fine-tuning on other classes: diffusers' own switch works, and the new label table is initialised."""
+    old = tiny_model()
+    old.save_pretrained(tmp_path)
     model = IwinDiTTransformer2DModel.from_pretrained(
-        tmp_path, num_classes=3, ignore_mismatched_sizes=True, low_cpu_mem_usage=False
+        tmp_path, num_classes=200, ignore_mismatched_sizes=True, low_cpu_mem_usage=low_cpu_mem_usage
     )
-    assert model.class_embed.weight.shape[0] == 4
+    assert model.class_embed.weight.shape == (201, 16)
+    assert model.class_embed.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(model.patch_embed.weight, old.patch_embed.weight)
+    assert run(model).isfinite().all()
+
+
+def test_autocast_computes_in_bfloat16():
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(model)
+    assert relative_error(output.float(), run(model)) < 0.1
 
 
 def test_gradient_checkpointing_changes_no_bit():

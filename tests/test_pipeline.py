@@ -1,11 +1,14 @@
 """The image pipeline: what it loads and saves, what it accepts, seeds, guidance, schedulers, callbacks."""
 
 import json
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoModel,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -18,6 +21,7 @@ from diffusers import (
 )
 
 from iwin_dit import IwinDiTPipeline
+from iwin_dit.diffusion import DDPM
 from iwin_dit.pipelines import load_pipeline
 from tests.tools import relative_error, tiny_model, tiny_vae
 
@@ -85,6 +89,10 @@ def test_every_way_of_loading(pipe, folder, load):
     assert torch.equal(draw(loaded), draw(pipe))
 
 
+def test_the_model_alone(folder):
+    assert type(AutoModel.from_pretrained(str(folder), subfolder="transformer")) is type(tiny_model())
+
+
 def test_loading_in_bfloat16(pipe, folder):
     half = IwinDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
@@ -93,8 +101,9 @@ def test_loading_in_bfloat16(pipe, folder):
     assert np.abs(images - draw(pipe, output_type="np")).mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "a/b/c"])
-def test_loading_from_nowhere(name):
+@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "runs/digitz"])
+def test_loading_from_nowhere(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as without a network, at once
     with pytest.raises(ValueError, match="expected a run folder"):
         load_pipeline(name)
 
@@ -180,6 +189,7 @@ def test_without_vae_latents_only(tmp_path, caplog):
         ("nought", [0]),
         ("zero, nought", [0]),
         (torch.tensor([1, 2]), [1, 2]),
+        (np.int64(3), [3]),
     ],
 )
 def test_labels(pipe, labels, indices):
@@ -194,6 +204,8 @@ def test_labels(pipe, labels, indices):
         ("dog", "unknown class name 'dog'; the model's names begin with: 'zero, nought', 'crane'"),
         ("crane", r"class name 'crane' stands for classes \[1, 2\]: give the index"),
         ([], "class_labels is empty"),
+        (3.7, "class_labels must be a class index, a class name or a list of them, got 3.7"),
+        (torch.tensor([[1, 2]]), "class_labels must be a class index"),
     ],
 )
 def test_mistaken_labels(pipe, labels, message):
@@ -253,7 +265,6 @@ def test_the_unconditional_half_is_skipped_where_guidance_is_off(pipe):
 
 
 def test_guidance_is_linear_in_the_two_predictions(pipe):
-    pipe._attention_kwargs = None
     x, t = torch.randn(2, 4, 8, 8), torch.tensor(500.0)
     y, null = torch.tensor([3, 7]), torch.tensor([10, 10])
     cond, uncond = pipe.predict(x, t, y), pipe.predict(x, t, null)
@@ -268,33 +279,77 @@ def test_guidance_is_linear_in_the_two_predictions(pipe):
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
+class GaussianData(torch.nn.Module):
+    """The exact denoiser of data N(mean, std^2): every sampler must turn noise into that Gaussian."""
+
+    mean, std = 0.5, 0.3
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.dtype, self.device, self.patch_size = kind, torch.float32, torch.device("cpu"), (1, 1)
+        self.config = SimpleNamespace(in_channels=4, num_classes=10, sample_size=8)
+        self.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
+
+    def forward(self, x, timestep, class_labels, attention_kwargs=None, return_dict=False):
+        timestep = torch.as_tensor(timestep, dtype=torch.float32)
+        if self.kind == "flow":
+            signal, noise = 1 - timestep / 1000, timestep / 1000
+        else:
+            position = timestep.clamp(0, 999)  # Euler asks between the integers
+            low, high = self.alphas_cumprod[position.floor().long()], self.alphas_cumprod[position.ceil().long()]
+            alpha = torch.lerp(low, high, position.frac())
+            signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        residual = (x - signal * self.mean) / ((signal * self.std) ** 2 + noise**2)
+        data, epsilon = self.mean + signal * self.std**2 * residual, noise * residual  # posterior means
+        return (epsilon - data if self.kind == "flow" else epsilon,)
+
+
 @pytest.mark.parametrize(
-    "scheduler",
+    ("kind", "scheduler", "steps"),
     [
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        FlowMatchHeunDiscreteScheduler(),
-        DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
-        UniPCMultistepScheduler(**FLOW),
-        DEISMultistepScheduler(**FLOW),
-        DDPMScheduler(clip_sample=False),
-        DDIMScheduler(clip_sample=False),
-        EulerDiscreteScheduler(),
-        DPMSolverMultistepScheduler(),
-        UniPCMultistepScheduler(),
+        ("flow", FlowMatchEulerDiscreteScheduler(shift=3.0), 100),
+        ("flow", FlowMatchHeunDiscreteScheduler(), 30),
+        ("flow", DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0), 100),
+        ("flow", UniPCMultistepScheduler(**FLOW, flow_shift=3.0), 100),
+        ("flow", DEISMultistepScheduler(**FLOW, flow_shift=3.0), 100),
+        ("ddpm", DDPMScheduler(clip_sample=False), 1000),
+        ("ddpm", DDIMScheduler(clip_sample=False), 200),
+        ("ddpm", EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"), 100),
+        ("ddpm", DPMSolverMultistepScheduler(), 100),
+        ("ddpm", UniPCMultistepScheduler(), 100),
     ],
-    ids=lambda s: type(s).__name__,
+    ids=lambda value: type(value).__name__ if hasattr(value, "step") else value,
 )
-def test_schedulers(scheduler):
-    pipe = tiny_pipeline(scheduler)
-    images = draw(pipe, guidance_scale=1.0)
-    assert images.isfinite().all()
-    assert torch.equal(images, draw(pipe, guidance_scale=1.0))
+def test_every_scheduler_samples_an_exact_gaussian(kind, scheduler, steps):
+    """Sign, time and scale conventions at once: 4,096 samples of the analytic model have its mean and deviation."""
+    pipe = tiny_pipeline(scheduler, vae=False)
+    pipe.transformer = GaussianData(kind)
+    generator = torch.Generator().manual_seed(0)
+    x = pipe([0] * 16, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="latent").images
+    assert x.mean().item() == pytest.approx(GaussianData.mean, abs=0.03)
+    assert x.std().item() == pytest.approx(GaussianData.std, rel=0.06)
+
+
+@pytest.mark.parametrize("other", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DDIMScheduler])
+def test_a_scheduler_of_the_other_family_is_noticed(folder, other):
+    """`from_config` alone would give noise without a word; the recipe in the message works."""
+    pipe = IwinDiTPipeline.from_pretrained(folder)
+    config = pipe.scheduler.config
+    pipe.scheduler = other.from_config(config)
+    with pytest.raises(ValueError, match="the model predicts 'flow_prediction', but"):
+        draw(pipe)
+    if other is not DDIMScheduler:
+        pipe.scheduler = other.from_config(config, **FLOW, flow_shift=config.shift)
+        assert draw(pipe).isfinite().all()
+    ddpm = tiny_pipeline(DDPMScheduler())
+    ddpm.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="the model predicts 'epsilon', but"):
+        draw(ddpm)
 
 
 def test_flow_matching_follows_its_equation(pipe):
     """x moves by (next sigma - sigma) * v from noise at 1 to data at 0, on even sigmas."""
     x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in seeds(0, 1)])
-    pipe._attention_kwargs = None
     for sigma in (1.0, 0.75, 0.5, 0.25):
         x = x - 0.25 * pipe.predict(x, torch.tensor(1000 * sigma), torch.tensor([3, 7]), 3.0)
     torch.testing.assert_close(draw(pipe), x)
@@ -311,20 +366,22 @@ def test_the_shift_is_applied_once():
 def test_custom_sigmas(pipe):
     sigmas = [1.0, 0.6, 0.1]
     assert pipe.set_timesteps(50, sigmas).tolist() == pytest.approx([1000, 600, 100])
+    assert draw(tiny_pipeline(UniPCMultistepScheduler(**FLOW)), sigmas=sigmas).isfinite().all()
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler takes no custom sigmas"):
+        draw(tiny_pipeline(EulerDiscreteScheduler()), sigmas=sigmas)
     assert draw(pipe, sigmas=sigmas).isfinite().all()
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler takes no custom sigmas"):
         draw(tiny_pipeline(FlowMatchHeunDiscreteScheduler()), sigmas=sigmas)
 
 
 def test_learned_variance():
-    """A model with twice the channels: DDPM with a learned range uses them all, DDIM only the first half."""
-    images = []
-    for scheduler in (
-        DDPMScheduler(variance_type="learned_range", clip_sample=False),
-        DDIMScheduler(clip_sample=False),
-    ):
-        images.append(draw(tiny_pipeline(scheduler, out_channels=8)))
-    assert all(image.shape == (2, 4, 8, 8) and image.isfinite().all() for image in images)
+    """A model with twice the channels: DDPM with a learned range uses them all, any other scheduler the first half."""
+    learned = DDPM(learned_variance=True).scheduler()
+    schedulers = [learned, *(s.from_config(learned.config) for s in (DDIMScheduler, UniPCMultistepScheduler))]
+    for scheduler in schedulers:
+        images = draw(tiny_pipeline(scheduler, out_channels=8))
+        assert images.shape == (2, 4, 8, 8)
+        assert images.isfinite().all()
 
 
 # --- callbacks, interruption, LoRA, failures
@@ -382,6 +439,32 @@ def test_lora_weights(tmp_path):
     torch.testing.assert_close(draw(other), plain)
 
 
+def test_nan_of_the_vae_is_an_error_too():
+    pipe = tiny_pipeline()
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match="the VAE gave pixels that are not finite"):
+        draw(pipe, output_type="pil")
+
+
+def test_another_vae_is_used_from_then_on():
+    pipe = tiny_pipeline()
+    before = draw(pipe, output_type="pt")
+    torch.manual_seed(5)
+    pipe.vae = type(pipe.vae).from_config(pipe.vae.config)
+    assert not torch.equal(draw(pipe, output_type="pt"), before)
+
+
+def test_a_vae_that_does_not_fit_the_transformer():
+    with pytest.raises(ValueError, match="the VAE has 4 latent channels, the transformer takes 8"):
+        tiny_pipeline(in_channels=8)
+
+
+def test_from_pipe(pipe):
+    other = IwinDiTPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(other), draw(pipe))
+
+
 def test_nan_is_an_error_not_a_black_picture():
     pipe = tiny_pipeline()
     torch.nn.init.constant_(pipe.transformer.final_layer.linear.bias, float("nan"))
@@ -393,6 +476,10 @@ def test_nan_is_an_error_not_a_black_picture():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"height": 0}, "height must be a positive multiple of 2"),
+        ({"num_images_per_label": 0}, "num_images_per_label must be at least 1, got 0"),
+        ({"sigmas": []}, "sigmas must be noise levels that fall"),
+        ({"sigmas": [0.1, 0.6]}, "sigmas must be noise levels that fall"),
         ({"height": 15}, r"height must be a positive multiple of 2 \(VAE stride 2 \* patch_size 1\), got 15"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, and 1 turns guidance off, got 0.5"),

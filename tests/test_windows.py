@@ -139,7 +139,7 @@ def test_borders_are_counted_not_only_bounded():
     assert global_exchange((9,), 5, 2, causal_axes=(0,)).borders
 
 
-def test_a_causal_axis_never_links_all():
+def test_a_causal_axis_that_the_groups_divide_never_links_all():
     for kernel in (2, 3):
         report = global_exchange((16,), 8, kernel, causal_axes=(0,))
         assert report.interior

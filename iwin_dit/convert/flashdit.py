@@ -66,16 +66,14 @@ def read_checkpoint(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise ValueError(f"checkpoint not found: {path}")
-    if path.suffix == ".safetensors":
-        content: Any = load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read as tensors and plain containers alone ({error}); save its state dict as "
-                ".safetensors in the environment that made it"
-            ) from error
+    try:
+        is_safetensors = path.suffix == ".safetensors"
+        content: Any = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own errors for a damaged or unsafe file
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain containers alone ({error}); if it is not damaged, save its "
+            "state dict as .safetensors in the environment that made it"
+        ) from error
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -151,6 +149,10 @@ class Sizes:
         missing = [name for name in needed if name not in tensors]
         if missing:
             raise ValueError(f"not a FlashDiT checkpoint, missing: {', '.join(missing)}")
+        ranks = {name: 4 if name.endswith(("x_embedder.proj.weight", "depthwise.weight")) else 2 for name in needed}
+        wrong = [f"{n} {tuple(tensors[n].shape)}" for n, rank in ranks.items() if tensors[n].ndim != rank]
+        if wrong:
+            raise ValueError(f"not a FlashDiT checkpoint, wrong number of axes: {', '.join(wrong)}")
         width, in_channels, *patch_size = tensors[needed[0]].shape
         variant, rest = divmod(tensors[needed[2]].shape[0], width)
         if variant not in VARIANTS or rest:

@@ -8,28 +8,30 @@ from diffusers import DDPMScheduler, SchedulerMixin
 
 from .objective import Denoiser
 
+T = 1000
+
 
 @dataclass
 class DDPM:
-    """Noise prediction with T discrete steps (Ho et al., arXiv 2006.11239), as DiT trains.
+    """Noise prediction with T = 1000 discrete steps (Ho et al., arXiv 2006.11239), as DiT trains.
+
+    T is not a setting: model timesteps and guidance intervals count thousandths everywhere.
 
     Attributes:
-        num_train_timesteps: T.
         beta_start: First beta of the linear schedule.
         beta_end: Last beta.
         learned_variance: Predict C more channels that interpolate the log variance between its bounds, trained by the
             variational bound (Nichol and Dhariwal, arXiv 2102.09672).
     """
 
-    num_train_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"expected num_train_timesteps >= 2 and 0 < beta_start <= beta_end < 1, got {self}")
-        betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps, dtype=torch.float64)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"expected 0 < beta_start <= beta_end < 1, got {self}")
+        betas = torch.linspace(self.beta_start, self.beta_end, T, dtype=torch.float64)
         self._betas = betas
         self._alphas_cumprod = (1 - betas).cumprod(0)  # alpha-bar
         self._previous_alphas_cumprod = torch.cat([betas.new_ones(1), self._alphas_cumprod[:-1]])
@@ -57,7 +59,7 @@ class DDPM:
         Returns:
             (B,) loss of every sample, in the dtype of the latents (float32 in training).
         """
-        t = (uniform * self.num_train_timesteps).long()
+        t = (uniform * T).long()
         signal = self._at(self._alphas_cumprod, t, latents)
         x_t = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         output = model(x_t, t.to(x_t.dtype), class_labels, return_dict=False)[0].to(latents.dtype)
@@ -74,7 +76,7 @@ class DDPM:
         """L_vlb of one step (arXiv 2102.09672, equations 4 to 6 and 15), which trains the variance alone.
 
         At t = 0 the bound's last term is a Gaussian density: latents are continuous, unlike the 8-bit pixels of the
-        paper. Summed over T steps with weight 1/1000, as in the paper's L_hybrid, it is this with weight T/1000.
+        paper. Its L_hybrid has the sum over T steps with weight 1/1000, so one step drawn at random has weight 1.
 
         Args:
             x_0: (B, C, *sizes) data.
@@ -97,12 +99,12 @@ class DDPM:
         kl = 0.5 * (log_var - true_log_var - 1 + torch.exp(true_log_var - log_var) + squared)
         nll = 0.5 * (math.log(2 * math.pi) + log_var + squared)  # at t = 0 the true mean is x_0
         nats = torch.where(t > 0, kl.flatten(1).mean(1), nll.flatten(1).mean(1))
-        return nats / math.log(2) * self.num_train_timesteps / 1000
+        return nats / math.log(2)
 
     def scheduler(self) -> SchedulerMixin:
         """Build the sampler of this convention, to be saved with the model."""
         return DDPMScheduler(
-            num_train_timesteps=self.num_train_timesteps,
+            num_train_timesteps=T,
             beta_start=self.beta_start,
             beta_end=self.beta_end,
             variance_type="learned_range" if self.learned_variance else "fixed_small",

@@ -8,11 +8,11 @@ from typing import Any
 
 #                 width = heads x head dim      parameters (millions) at patch 1, patch 2
 SIZES: dict[str, dict[str, int]] = {
-    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 384:     34.82,    34.90
-    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 768:    137.54,   137.69
-    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 1024:   483.32,   483.53
-    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 1152:   712.48,   712.71
-    "1p0B": {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},  # 1536:  1086.05,  1086.34
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 384:    34.71,    34.78
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 768:   137.54,   137.69
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 1024:   483.33,   483.53
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 1152:   712.48,   712.70
+    "1p0B": {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},  # 1536:  1086.04,  1086.33
     "1p6B": {"num_layers": 28, "num_attention_heads": 28, "attention_head_dim": 64},  # 1792:  1721.78,  1722.12
 }
 PATCH_SIZES = (1, 2)

@@ -86,11 +86,16 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "num_classes"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        if config.out_channels is not None and config.out_channels < 1:
+            raise ValueError(f"out_channels must be at least 1, or None for in_channels, got {config.out_channels}")
+        if int(2 / 3 * int(config.mlp_ratio * dim)) < 1:
+            raise ValueError(f"mlp_ratio {config.mlp_ratio} leaves no hidden channels at a width of {dim}")
         sample_size = per_axis(config.sample_size, rank, "sample_size")
         patch_size = per_axis(config.patch_size, rank, "patch_size")
         if any(p < 1 or n < 1 or n % p for n, p in zip(sample_size, patch_size, strict=True)):
             raise ValueError(f"patch_size {patch_size} must divide sample_size {sample_size} on every axis")
-        if isinstance(config.window_size, str) and config.window_size != "auto":
+        windows = config.window_size if isinstance(config.window_size, list | tuple) else [config.window_size]
+        if config.window_size != "auto" and not all(isinstance(m, int) for m in windows):
             raise ValueError(f"window_size must be 'auto', an int or one int per axis, got {config.window_size!r}")
         if not 0.0 <= config.class_dropout_prob <= 1.0:
             raise ValueError(f"class_dropout_prob must be in [0, 1], got {config.class_dropout_prob}")
@@ -107,7 +112,8 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         """Load weights as any diffusers model does, but refuse a checkpoint that is not exactly the model's.
 
         diffusers leaves a missing weight on the meta device with a warning; here every missing, left-over and misshapen
-        tensor is listed in one error, unless `ignore_mismatched_sizes=True` allows the last kind.
+        tensor is listed in one error. `ignore_mismatched_sizes=True` allows the last kind, as for fine-tuning on other
+        classes: those weights are freshly initialised (diffusers would leave them without values).
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -133,6 +139,11 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         if problems:
             listed = "\n  ".join(sorted(problems))
             raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}:\n  {listed}")
+        if info["mismatched_keys"]:
+            fresh = cls.from_config(model.config).to(model.dtype)
+            for name, *_ in info["mismatched_keys"]:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, fresh.get_parameter(name))
         return (model, info) if wants_info else model
 
     def _causal_axes(self) -> tuple[int, ...]:
@@ -150,8 +161,8 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         | modulations, output layer       | 0: with gate "zero" a block is the identity, the prediction 0   |
         | norm scales                     | 1                                                               |
 
-        As DiT (arXiv 2212.09748, section 3.2), but for the convolution and for conditioning of unit scale: DiT has 0.02
-        in label table and time MLP, and the zero modulations learn at a rate proportional to it (docs/LOG.md).
+        As DiT (arXiv 2212.09748, section 3.2), but for the convolution and for conditioning of order 1: DiT has 0.02 in
+        label table and time MLP, and the zero modulations learn at a rate proportional to it (docs/LOG.md).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -57,7 +57,7 @@ class IwinAttnProcessor:
         x = partition(hidden_states, attn.window_size, attn.interleaved)  # (B * windows, L, C)
         q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
         q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in (q, k, v))  # (B * windows, L, heads, C / heads)
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k = attn.norm_q(q).to(v.dtype), attn.norm_k(k).to(v.dtype)  # autocast normalises in float32
         x = dispatch_attention_fn(
             q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -78,9 +78,9 @@ class IwinAttnProcessor:
 class IwinAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention inside interleaved windows (Iwin attention, arXiv 2507.18405).
 
-    Equal to dense attention in which token i attends to token j if and only if i = j (mod G) on every axis (Lemma 1),
-    at a cost linear in the number of tokens. A window as large as the grid is plain global attention. Any grid size
-    works: where the window does not divide an axis, padded cells are masked.
+    Equal to dense attention in which token i attends to token j if and only if i = j (mod G) on every axis (Lemma 1);
+    for a fixed window its cost is linear in the number of tokens. A window as large as the grid is plain global
+    attention. Any grid size works: where the window does not divide an axis, padded cells are masked.
 
     Args:
         dim: Channels C.

@@ -2,7 +2,7 @@
 
 Every rank runs on torch's 2-D depthwise kernel, fed a channels-last view, so that no axis is ever moved in memory. A
 3-D kernel is the sum of its temporal taps, each a 2-D convolution of all frames at once: torch's own depthwise conv3d
-is several times slower (docs/LOG.md).
+takes about twice as long (docs/LOG.md).
 """
 
 import math
@@ -66,20 +66,23 @@ class DepthwiseConv(nn.Module):
         rank = len(self.kernel_size)
         if x.ndim != rank + 2:
             raise ValueError(f"expected (B, *S, C) with {rank} grid axes, got shape {tuple(x.shape)}")
+        # Through this view the gradient gets the weight's own strides; the convolution's has those of channels_last,
+        # which data-parallel training would copy at every step.
+        weight = self.weight.flatten(1).unflatten(1, (1, *self.kernel_size))
         if rank == 1:
-            return self._conv2d(x[:, None], self.weight[:, :, None], self.bias)[:, 0]
+            return self._conv2d(x[:, None], weight[:, :, None], self.bias)[:, 0]
         if rank == 2:
-            return self._conv2d(x, self.weight, self.bias)
-        return self._causal_conv3d(x)
+            return self._conv2d(x, weight, self.bias)
+        return self._causal_conv3d(x, weight)
 
-    def _causal_conv3d(self, x: torch.Tensor) -> torch.Tensor:
+    def _causal_conv3d(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         batch, frames = x.shape[:2]
-        *earlier, own = self.weight.unbind(2)  # temporal taps, (C, 1, K, K) each; the last one reads the frame itself
+        *earlier, own = weight.unbind(2)  # temporal taps, (C, 1, K, K) each; the last one reads the frame itself
         y = self._conv2d(x.flatten(0, 1), own, self.bias).unflatten(0, (batch, frames))
-        for delay, weight in enumerate(reversed(earlier), start=1):
+        for delay, tap in enumerate(reversed(earlier), start=1):
             if delay < frames:  # a tap that reaches further back reads only the zero frames in front
-                past = self._conv2d(x[:, :-delay].flatten(0, 1), weight, None).unflatten(0, (batch, frames - delay))
-                y = y + F.pad(past, [0, 0, 0, 0, 0, 0, delay, 0])
+                past = self._conv2d(x[:, :-delay].flatten(0, 1), tap, None).unflatten(0, (batch, frames - delay))
+                y[:, delay:] += past
         return y
 
     @staticmethod

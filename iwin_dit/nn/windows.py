@@ -258,9 +258,9 @@ def _axis_links(n: int, g: int, k: int, causal: bool) -> tuple[torch.Tensor, tor
 def plan_window(grid: Sequence[int], kernel: int | Sequence[int], causal_axes: Sequence[int] = ()) -> tuple[int, ...]:
     """Choose the windows behind `window_size="auto"`: the cheapest that divide the grid and exchange globally.
 
-    Per axis, among the group counts G that divide N, the largest with K >= 2G - 1 (all pairs linked in two steps), on a
-    causal axis, where no K links all pairs, the largest with K >= G. With K = 3: 8 -> 4, 16 -> 8, 32 -> 16, and an odd
-    axis is one window, so that no mask is needed.
+    Per axis, among the group counts G that divide N, the largest with K >= 2G - 1 (all pairs linked in two steps); on a
+    causal axis, where only G = 1 would link all pairs, the largest with K >= G. With K = 3: 8 -> 4, 16 -> 8, 32 -> 16,
+    and an odd axis is one window, so that no mask is needed.
 
     Args:
         grid: Axis lengths N.

@@ -4,12 +4,15 @@ Owns the sampling loop and guidance. Latent statistics belong to `iwin_dit.data.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.callbacks import PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import logging
@@ -28,9 +31,10 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     """Sample class-conditional images.
 
-    Works with flow-matching schedulers (FlowMatchEuler, FlowMatchHeun, and DPMSolverMultistep, UniPC, DEIS with
-    `prediction_type="flow_prediction", use_flow_sigmas=True`) and, for models trained with `diffusion.DDPM`, with the
-    DDPM family (DDPM, DDIM, Euler, DPMSolverMultistep, UniPC).
+    A model trained with `diffusion.FlowMatching` works with FlowMatchEuler and FlowMatchHeun, and with
+    DPMSolverMultistep, UniPC and DEIS after `from_config(config, prediction_type="flow_prediction",
+    use_flow_sigmas=True, flow_shift=config.shift)`; one trained with `diffusion.DDPM` works with DDPM, DDIM, Euler,
+    DPMSolverMultistep and UniPC. A scheduler of the other family is an error.
 
     LoRA loading is Sana's mixin: it serves any pipeline whose only adapted module is called `transformer`.
 
@@ -39,8 +43,13 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         vae: The autoencoder of its latents. Without one the pipeline returns latents only.
         scheduler: Sampler; its training convention must be the model's.
         id2label: Class names by class index.
+        prediction_type: What the model predicts, "flow_prediction" or "epsilon"; None takes the scheduler's word. It is
+            saved, so that a scheduler of the other family is noticed later.
         latents_mean: Per-channel mean of the stored latents, for a VAE class whose config has no such field.
         latents_std: Per-channel standard deviation, likewise.
+
+    Raises:
+        ValueError: If the VAE has other latent channels than the transformer, or the statistics do not fit it.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -53,17 +62,53 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         vae: ModelMixin | None,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,  # JSON turns the keys into strings
+        prediction_type: str | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         id2label = {int(index): name for index, name in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label, latents_mean=latents_mean, latents_std=latents_std)
+        self.register_to_config(
+            id2label=id2label,
+            prediction_type=prediction_type or _prediction_type(scheduler),
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+        )
         self.id2label = id2label
         self.label_ids = _index_names(id2label)
-        self.codec = None if vae is None else LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor()
+        self._codec: LatentCodec | None = None
+        self._guidance_scale = 1.0
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._interrupt, self._current_timestep, self._num_timesteps = False, None, 0
+        if self.codec is not None and self.codec.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"the VAE has {self.codec.latent_channels} latent channels, the transformer takes "
+                f"{transformer.config.in_channels}"
+            )
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Build from another pipeline's components; diffusers would not recognise the type of an optional VAE.
+
+        Args:
+            pipeline: Gives its components.
+            kwargs: Components to use instead.
+
+        Returns:
+            The new pipeline.
+        """
+        return super().from_pipe(pipeline, **{"vae": pipeline.vae, **kwargs})
+
+    @property
+    def codec(self) -> LatentCodec | None:
+        """Codec of the VAE that the pipeline has now; None without one."""
+        if self.vae is None:
+            return None
+        if self._codec is None or self._codec.vae is not self.vae:
+            self._codec = LatentCodec(self.vae, self.config.latents_mean, self.config.latents_std)
+        return self._codec
 
     @property
     def guidance_scale(self) -> float:
@@ -110,9 +155,13 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
-        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        labels = [class_labels] if isinstance(class_labels, Integral | str) else class_labels
+        if not isinstance(labels, Iterable) or not all(isinstance(label, Integral | str) for label in labels):
+            raise ValueError(
+                f"class_labels must be a class index, a class name or a list of them, got {class_labels!r}"
+            )
         num_classes = self.transformer.config.num_classes
-        indices = []
+        indices: list[int] = []
         for label in labels:
             found = self.label_ids.get(label, []) if isinstance(label, str) else [int(label)]
             if len(found) > 1:
@@ -132,9 +181,11 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         height: int,
         width: int,
         num_inference_steps: int,
+        sigmas: Sequence[float] | None,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         guidance_channels: int | None,
+        num_images_per_label: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
@@ -143,10 +194,12 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         Args:
             height: In pixels (latent cells for a pipeline without VAE).
             width: Likewise.
-            num_inference_steps: Scheduler steps.
+            num_inference_steps: At least 1.
+            sigmas: None, or noise levels in (0, 1], falling, for a flow-matching model.
             guidance_scale: At least 1.
             guidance_interval: Noise levels, low before high, in [0, 1].
             guidance_channels: None or 1 to the model's channels.
+            num_images_per_label: At least 1.
             output_type: One of "pil", "np", "pt", "latent".
             callback_on_step_end_tensor_inputs: Names among `_callback_tensor_inputs`.
 
@@ -160,8 +213,17 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     f"{name} must be a positive multiple of {multiple} (VAE stride {self.stride} * patch_size "
                     f"{self.transformer.patch_size[axis]}), got {value}"
                 )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_label", num_images_per_label),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if sigmas is not None:
+            levels = [*sigmas, 0.0]
+            if len(levels) < 2 or levels[0] > 1 or any(a <= b for a, b in itertools.pairwise(levels)):
+                raise ValueError(f"sigmas must be noise levels that fall from at most 1 and stay above 0, got {sigmas}")
+        self._check_scheduler()
         if guidance_scale < 1.0:
             raise ValueError(f"guidance_scale must be at least 1, and 1 turns guidance off, got {guidance_scale}")
         low, high = guidance_interval
@@ -182,6 +244,14 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
+
+    def _check_scheduler(self) -> None:
+        trained, sampled = self.config.prediction_type, _prediction_type(self.scheduler)
+        if sampled != trained:
+            name = type(self.scheduler).__name__
+            recipe = 'prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift'
+            hint = f": build it with {name}.from_config(config, {recipe})" if trained == "flow_prediction" else ""
+            raise ValueError(f"the model predicts {trained!r}, but {name} is set up for {sampled!r}{hint}")
 
     @property
     def stride(self) -> int:
@@ -212,6 +282,7 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             ValueError: If there are not as many generators as images, or `latents` has another shape.
         """
         shape = (batch_size, self.transformer.config.in_channels, height // self.stride, width // self.stride)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"expected one generator per image ({batch_size}), got {len(generator)}")
         if latents is None:
@@ -227,6 +298,7 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Set the scheduler's steps.
 
         FlowMatchEuler left to itself applies its shift twice to the last steps, so it is always given its sigmas.
+        FlowMatchHeun does the same but takes none: its last steps are crowded where the shift is not 1.
 
         Args:
             num_inference_steps: Number of steps.
@@ -240,14 +312,16 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         set_timesteps = self.scheduler.set_timesteps
         takes_sigmas = "sigmas" in inspect.signature(set_timesteps).parameters
-        if sigmas is not None and not takes_sigmas:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas")
+        if sigmas is not None and not (takes_sigmas and self.config.prediction_type == "flow_prediction"):
+            raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas in [0, 1]")
         if sigmas is None and takes_sigmas and hasattr(self.scheduler, "scale_noise"):  # FlowMatchEuler and its kin
             sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
         if sigmas is None:
             set_timesteps(num_inference_steps, device=self._execution_device)
         else:
-            set_timesteps(sigmas=list(sigmas), device=self._execution_device)
+            set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # rounded timesteps can repeat, and the first step must be the first
         return self.scheduler.timesteps
 
     def predict(
@@ -340,26 +414,30 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Raises:
             ValueError: If an argument is out of its range.
-            FloatingPointError: If the latents are no longer finite.
+            FloatingPointError: If the latents or the decoded pixels are not finite.
         """
         # 1. Arguments
         output_type = output_type or self._default_output_type()
         default_size = per_axis(self.transformer.config.sample_size, 2, "sample_size")
-        height = height or default_size[0] * self.stride
-        width = width or default_size[1] * self.stride
+        height = default_size[0] * self.stride if height is None else height
+        width = default_size[1] * self.stride if width is None else width
+        if isinstance(callback_on_step_end, PipelineCallback):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             height,
             width,
             num_inference_steps,
+            sigmas,
             guidance_scale,
             guidance_interval,
             guidance_channels,
+            num_images_per_label,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
         indices = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
-        self._interrupt, self._current_timestep = False, None
+        self._interrupt = False
 
         # 2. Labels, noise, steps
         labels = torch.tensor(indices, device=self._execution_device)
@@ -377,7 +455,7 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                # A callback may change the scale between steps, as diffusers' own CFG callbacks do.
+                # Read from the pipeline, so that a callback may change the scale between steps.
                 prediction = self.predict(
                     model_input, timestep, labels, self.guidance_scale, guidance_interval, guidance_channels
                 )
@@ -403,8 +481,8 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return "latent"
 
     def _match_scheduler(self, prediction: torch.Tensor, channels: int) -> torch.Tensor:
-        """Keep a learned variance, (B, 2C, h, w), only for a scheduler that uses one."""
-        if str(self.scheduler.config.get("variance_type")).startswith("learned"):
+        """Keep a learned variance, (B, 2C, h, w), only for DDPM: no other scheduler of diffusers uses one."""
+        if isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type.startswith("learned"):
             return prediction
         return prediction[:, :channels]
 
@@ -416,7 +494,23 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         if output_type == "latent" or self.codec is None:
             return latents
-        return self.image_processor.postprocess(self.codec.decode(latents), output_type=output_type)
+        pixels = self.codec.decode(latents)
+        if not torch.isfinite(pixels).all():
+            raise FloatingPointError(
+                f"the VAE gave pixels that are not finite from finite latents: it overflows in {self.codec.vae.dtype}; "
+                "load it in float32"
+            )
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+
+def _prediction_type(scheduler: SchedulerMixin) -> str:
+    """What a scheduler takes a model's output for; flow matching only where its noise levels are those too."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type == "flow_prediction" and not scheduler.config.get("use_flow_sigmas"):
+        return "flow_prediction without use_flow_sigmas"
+    return prediction_type
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

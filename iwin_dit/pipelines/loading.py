@@ -21,14 +21,19 @@ def load_pipeline(
         The pipeline, ready to call.
 
     Raises:
-        ValueError: If the path is an existing folder without a pipeline in it, or looks like a path and is none.
+        ValueError: If there is no pipeline there.
     """
     path = Path(path_or_id)
     folder = next((p for p in (path / "pipeline", path) if (p / "model_index.json").is_file()), None)
-    looks_like_path = path.exists() or str(path_or_id).count("/") != 1
-    if folder is None and looks_like_path:
-        raise ValueError(
-            f"expected a run folder (with pipeline/model_index.json), a pipeline folder (with model_index.json) or a "
-            f"Hub id such as 'user/name', got {str(path_or_id)!r}"
-        )
-    return IwinDiTPipeline.from_pretrained(folder or path_or_id, dtype=dtype).to(device)
+    wrong = ValueError(
+        "expected a run folder (with pipeline/model_index.json), a pipeline folder (with model_index.json) or a "
+        f"reachable Hub id such as 'user/name', got {str(path_or_id)!r}"
+    )
+    if folder is None and (path.exists() or str(path_or_id).count("/") != 1):
+        raise wrong
+    try:
+        return IwinDiTPipeline.from_pretrained(folder or path_or_id, dtype=dtype).to(device)
+    except OSError as error:  # what the Hub client raises for an unknown id or a missing network
+        if folder is not None:
+            raise
+        raise wrong from error
