@@ -1,1 +1,1 @@
-"""What is measured: `python -m benchmarks.block`. Nothing in the package or in the tests of speed depends on it."""
+"""Measurements, run by hand: `python -m benchmarks.block`. No test is timed."""

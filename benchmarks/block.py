@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ class Measured:
         seconds: Of forward and backward, one per round.
         peak_bytes: Held above what was held before the step.
         macs: Multiply-adds of a forward pass, per sample.
-        error: From the side it must agree with; None for a side that is compared with or has none.
+        error: Difference from the straightforward twin; None for the twins themselves and the floor.
     """
 
     seconds: list[float]
@@ -304,7 +303,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows for the terminal and for Markdown."""
     lines = [
         "| tokens | M | G | K | all pairs linked | iwin ms (quartiles) | four-copy / iwin | global / iwin | by MACs "
-        "| iwin / floor | by MACs | iwin MiB | four-copy / iwin | global / iwin |",
+        "| iwin / floor | by MACs | iwin MiB | MiB four-copy / iwin | MiB global / iwin |",
         "|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -327,10 +326,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return int(text)
+
+
 def square_number(text: str) -> int:
     """Parse a number of tokens that fills a square grid."""
-    tokens = int(text)
-    if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+    tokens = positive(text)
+    if math.isqrt(tokens) ** 2 != tokens:
         raise argparse.ArgumentTypeError(f"expected a square number of tokens such as 256 or 1024, got {tokens}")
     return tokens
 
@@ -341,13 +347,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of weights and activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) on every side")
-    parser.add_argument("--width", type=int, default=384, help="channels C")
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kernel", type=int, default=3, help="K of the depthwise convolution, odd")
+    parser.add_argument("--width", type=positive, default=384, help="channels C")
+    parser.add_argument("--heads", type=positive, default=6)
+    parser.add_argument("--kernel", type=positive, default=3, help="K of the depthwise convolution, odd")
     parser.add_argument("--tokens", type=square_number, nargs="+", default=[256, 1024, 4096], help="per sample, square")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="in a batch, the same at every size")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that are counted")
+    parser.add_argument("--batch-tokens", type=positive, default=4096, help="in a batch, the same at every size")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds that are counted")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 
@@ -358,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if any(arguments.batch_tokens % tokens for tokens in arguments.tokens):
         parser.error(f"--batch-tokens must be a multiple of every --tokens, got {arguments.batch_tokens}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
     torch.set_num_threads(arguments.threads)
     record: dict[str, Any] = {
         "machine": describe_machine(torch.device(arguments.device)),

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: i
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first quartile, the median and the third quartile."""
+    return [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def peak_memory(steps: Mapping[str, Step], device: torch.device) -> dict[str, int]:
@@ -79,7 +84,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
+        "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
         **environment(),
     }
 
@@ -98,7 +103,7 @@ def _cuda_peak(step: Step, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _highest(changes: Any) -> int:
+def _highest(changes: Iterable[int]) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
@@ -107,8 +112,3 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Return the first quartile, the median and the third quartile."""
-    return [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]

@@ -127,6 +127,7 @@ def test_command(tmp_path, capsys):
     [
         (["--tokens", "200"], "square number of tokens"),
         (["--tokens", "256", "--batch-tokens", "300"], "multiple of every --tokens"),
+        (["--repeats", "0"], "positive integer, got 0"),
         (["--dtype", "float16"], "invalid choice"),
     ],
 )
@@ -139,8 +140,10 @@ def test_mistaken_commands(arguments, message, capsys):
 def test_the_page_shows_the_stored_run():
     """Commands on the page parse, and its tables are those of the JSON files beside the benchmark."""
     text = PAGE.read_text()
-    for line in re.findall(r"^python -m benchmarks\.block(.*)$", text, re.MULTILINE):
-        block.build_parser().parse_args(shlex.split(line, comments=True))
+    commands = re.findall(r"^python -m benchmarks\.block(.*)$", text.replace("\\\n", ""), re.MULTILINE)
+    assert commands
+    for arguments in commands:
+        block.build_parser().parse_args(shlex.split(arguments, comments=True))
     results = sorted((PAGE.parents[1] / "benchmarks" / "results").glob("*.json"))
     assert results
     for path in results:

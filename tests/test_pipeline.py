@@ -1,6 +1,7 @@
 """The image pipeline: what it loads and saves, what it accepts, seeds, guidance, schedulers, callbacks."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -91,6 +92,19 @@ def test_every_way_of_loading(pipe, folder, load):
 
 def test_the_model_alone(folder):
     assert type(AutoModel.from_pretrained(str(folder), subfolder="transformer")) is type(tiny_model())
+
+
+@pytest.mark.parametrize("cls", [IwinDiTPipeline, DiffusionPipeline])
+def test_a_hub_id(pipe, folder, tmp_path, cls):
+    """From the Hub's own cache, laid out by hand: the id is resolved as online, only nothing is fetched."""
+    repository, commit = tmp_path / "models--user--repo", "a" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    loaded = cls.from_pretrained("user/repo", cache_dir=tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is IwinDiTPipeline
+    assert torch.equal(draw(loaded), draw(pipe))
 
 
 def test_loading_in_bfloat16(pipe, folder):
