@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CLASSIFIER = Path("data/digits/classifier")
 HOLDOUT, SPLIT_SEED, MIN_ACCURACY = 300, 0, 0.98  # of the digits classifier
 DEFAULT_SAMPLES = {"digits": 500, "inception": 50_000}
+# Arguments of the pipeline's call that the command line can set.
+SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num-samples", type=int, help="default 50000, with digits features 500; of --images: all")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's own")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
+    )
+    parser.add_argument("--guidance-channels", type=int, help="guide only the first so many latent channels")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's own")
     parser.add_argument("--seed", type=int, help="image i is drawn with seed + i; default 0")
     parser.add_argument("--batch-size", type=int, default=50, help="images per process at a time; default 50")
@@ -81,7 +87,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--inception-weights has no meaning with digits features")
     if args.features == "digits" and args.reference.endswith(".npz"):
         parser.error("an .npz reference holds Inception statistics: use --features inception")
-    given = [name for name in ("guidance", "steps", "seed") if getattr(args, name) is not None]
+    sampling = ("guidance", "guidance_interval", "guidance_channels", "steps", "seed")
+    given = [name.replace("_", "-") for name in sampling if getattr(args, name) is not None]
     if args.images is not None and given:
         parser.error(f"--{given[0]} has no meaning with --images: they are sampled already")
     if args.batch_size < 1 or (args.num_samples is not None and args.num_samples < 2):
@@ -125,7 +132,7 @@ def train_classifier(folder: Path) -> None:
         folder: Where to save it.
 
     Raises:
-        RuntimeError: If it recognises too few of the held-out digits for its features to mean anything.
+        ValueError: If it recognises too few of the held-out digits for its features to mean anything.
     """
     import torch
 
@@ -139,8 +146,8 @@ def train_classifier(folder: Path) -> None:
     features = train_digits_features(images[train], labels[train], seed=SPLIT_SEED)
     accuracy = features.accuracy(images[held_out], labels[held_out])
     if accuracy < MIN_ACCURACY:
-        raise RuntimeError(
-            f"The digits classifier recognises {accuracy:.1%} of held-out digits, under {MIN_ACCURACY:.0%}."
+        raise ValueError(
+            f"the digits classifier recognises {accuracy:.1%} of held-out digits, under {MIN_ACCURACY:.0%}"
         )
     features.save(folder, {"held_out_accuracy": accuracy, "holdout": HOLDOUT, "seed": SPLIT_SEED})
 
@@ -176,7 +183,7 @@ def generated_images(args: argparse.Namespace) -> ImageSet:
     images = image_folder(args.images, allow_jpeg=False)
     if args.num_samples not in (None, images.count):
         raise ValueError(
-            f"Expected {args.num_samples} images in {args.images}, as --num-samples says, got {images.count}."
+            f"expected {args.num_samples} images in {args.images}, as --num-samples says, got {images.count}"
         )
     return images
 
@@ -215,7 +222,7 @@ def sampled_images(args: argparse.Namespace, device: "torch.device", precision: 
         The set, whose images are sampled as they are read.
 
     Raises:
-        ValueError: If the precision is another one.
+        ValueError: If the precision is another one, or the pipeline makes no images.
     """
     import torch
 
@@ -223,27 +230,30 @@ def sampled_images(args: argparse.Namespace, device: "torch.device", precision: 
 
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision not in dtypes:
-        raise ValueError(f"Expected a mixed precision of {list(dtypes)} to sample with, got {precision!r}.")
+        raise ValueError(f"expected a mixed precision of {list(dtypes)} to sample with, got {precision!r}")
     pipe = load_pipeline(args.model, device, dtypes[precision])
+    if pipe.codec is None:
+        raise ValueError(f"{args.model} has no VAE, so there are latents but no images to score: add a VAE to it")
     pipe.set_progress_bar_config(disable=True)
     count = args.num_samples or DEFAULT_SAMPLES[args.features]
     first_seed = args.seed or 0
     num_classes = pipe.transformer.config.num_classes
     record = {
         "weights": "ema" if _is_run_folder(args.model) else "as stored in the pipeline",
+        "weights_sha256": weights_sha256(args.model),
+        "vae": {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()},  # as loaded, in this dtype:
         "dtype": str(dtypes[precision]).removeprefix("torch."),
         "labels": f"i mod {num_classes}",
         "seeds": [first_seed, first_seed + count - 1],
         "rounding": "round(255 x)",
         **sampler_record(pipe, args),
     }
-    guidance, steps = record["guidance_scale"], record["num_inference_steps"]
+    settings = {name: record[name] for name in SETTINGS}
 
     def read(indices: Sequence[int]) -> torch.Tensor:
         (images,) = pipe(
             [i % num_classes for i in indices],
-            guidance_scale=guidance,
-            num_inference_steps=steps,
+            **settings,
             # On the CPU, so that every device starts from the same noise.
             generator=[torch.Generator().manual_seed(first_seed + i) for i in indices],
             output_type="pt",
@@ -253,8 +263,23 @@ def sampled_images(args: argparse.Namespace, device: "torch.device", precision: 
         return to_uint8(images)
 
     sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
-    name = f"guidance {guidance:g}, {steps} steps, {sampler}"
+    name = f"guidance {settings['guidance_scale']:g}, {settings['num_inference_steps']} steps, {sampler}"
     return ImageSet(count, read, name, lambda: record)
+
+
+def weights_sha256(model: str) -> dict[str, str] | None:
+    """Identify the transformer that is scored.
+
+    Args:
+        model: Run folder, pipeline folder or Hub id.
+
+    Returns:
+        The sha256 of its weight files by name; None for a Hub id, whose files lie in the Hub's cache.
+    """
+    from iwin_dit.metrics.result import sha256
+
+    folder = Path(model) / "pipeline" if _is_run_folder(model) else Path(model)
+    return {path.name: sha256(path) for path in sorted((folder / "transformer").glob("*.safetensors"))} or None
 
 
 def sampler_record(pipe: "IwinDiTPipeline", args: argparse.Namespace) -> dict[str, Any]:
@@ -267,17 +292,20 @@ def sampler_record(pipe: "IwinDiTPipeline", args: argparse.Namespace) -> dict[st
     Returns:
         Values for the call and for the JSON.
     """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    parameters = inspect.signature(pipe.__call__).parameters
+    given = (
+        args.steps,
+        args.guidance,
+        args.guidance_interval and tuple(args.guidance_interval),
+        args.guidance_channels,
+    )
+    values = dict(zip(SETTINGS, given, strict=True))
     return {
-        "num_inference_steps": defaults["num_inference_steps"] if args.steps is None else args.steps,
-        "guidance_scale": defaults["guidance_scale"] if args.guidance is None else args.guidance,
-        "guidance_interval": defaults["guidance_interval"],
-        "guidance_channels": defaults["guidance_channels"],
+        **{name: parameters[name].default if value is None else value for name, value in values.items()},
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
             "config": json.loads(pipe.scheduler.to_json_string()),
         },
-        "vae": type(pipe.vae).__name__,
     }
 
 
@@ -296,7 +324,7 @@ def to_uint8(images: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if not images.isfinite().all():
-        raise FloatingPointError("The pipeline gave NaN or infinite pixels; a Frechet distance of them means nothing.")
+        raise FloatingPointError("the pipeline gave NaN or infinite pixels; a Frechet distance of them means nothing")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -387,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
+        use_all_cores()
     torch.backends.cudnn.allow_tf32 = False  # TF32 makes the features of an image depend on its batch
 
     # 1. Open everything, so that what is missing or broken is refused before the long work.

@@ -31,7 +31,7 @@ def test_digits_are_bright_strokes_on_black(digits: Digits) -> None:
 
 def test_an_untrained_vae_is_refused_and_the_global_generator_is_left_alone(digits: Digits) -> None:
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match=r"expected 28\.0 or more"):
+    with pytest.raises(ValueError, match=r"expected 28\.0 or more"):
         train_digits_vae(digits, 300, seed=0, steps=2)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -145,6 +145,9 @@ def test_damage_is_listed(codec: LatentCodec, tmp_path: Path) -> None:
     ):
         LatentDataset(folder, "train")
     assert len(LatentDataset(folder, "val")) == 8
+    shards[1].write_bytes(damaged[:-1])
+    with pytest.raises(ValueError, match=r"(?s)00000.*: missing\n  train-00001[^\n]*: [^\n]*\n.*00002"):
+        LatentDataset(folder, "train", verify=False)  # reads headers alone
 
 
 def test_bad_manifests(codec: LatentCodec, tmp_path: Path) -> None:

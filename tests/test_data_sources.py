@@ -98,6 +98,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "huge.png": png_header(30_000, 30_000),
         "large.png": png_header(12_000, 12_000),  # Pillow only warns of this one
     }
+    header = png_header(4, 4)
+    broken["odd.png"] = header + b"\0\0\0\0tRNS" + struct.pack(">I", zlib.crc32(b"tRNS")) + b"\0\0\0\x08IDATabc"
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BrokenImageError, match=name):

@@ -1,5 +1,6 @@
 """evaluate_fid.py from its command line: what it refuses and writes, and that processes and batches don't matter."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -98,6 +99,7 @@ def test_a_run_folder_is_sampled_image_by_image(workplace: Path, capsys: pytest.
     reference = str(write_digits(workplace / "digits", 30))
     arguments = ("--model", "run", "--num-samples", "12", "--steps", "2", "--seed", "7")
     arguments += ("--reference", reference, "--features", "digits")
+    arguments += ("--guidance-interval", "0.1", "0.9", "--guidance-channels", "3")
     result = run(*arguments, "--batch-size", "5", "--out", "run/fid.json")
     evaluate_fid.main([*arguments, "--batch-size", "12"])  # to run/fid.json by itself
     again = json.loads(Path("run/fid.json").read_text())
@@ -109,6 +111,11 @@ def test_a_run_folder_is_sampled_image_by_image(workplace: Path, capsys: pytest.
     assert generated["labels"] == "i mod 10"
     assert generated["weights"] == "ema"
     assert generated["num_inference_steps"] == 2
+    assert (generated["guidance_interval"], generated["guidance_channels"]) == ([0.1, 0.9], 3)
+    weights = Path("run/pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert generated["weights_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert generated["vae"]["class"] == "AutoencoderKL"
+    assert len(generated["vae"]["sha256"]) == 64
     assert generated["guidance_scale"] == 3.0  # the pipeline's own, as a number
     assert generated["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert "12 samples vs 30 real, guidance 3, 2 steps, FlowMatchEulerDiscrete" in capsys.readouterr().out
@@ -139,6 +146,7 @@ def test_rounding_is_that_of_a_png() -> None:
         ([], "one of the arguments --model --images is required"),
         (["--model", "a", "--images", "b"], "not allowed with"),
         (["--images", "b", "--steps", "5"], "--steps has no meaning with --images"),
+        (["--images", "b", "--guidance-channels", "3"], "--guidance-channels has no meaning with --images"),
         (["--images", "b", "--seed", "0"], "--seed has no meaning with --images"),
         (["--model", "a", "--num-samples", "1"], "--num-samples of at least 2"),
         (["--model", "a", "--inception-weights", "w"], "no meaning with digits features"),
@@ -156,11 +164,11 @@ def test_commands_without_meaning_are_refused(
 
 def test_missing_things_are_refused_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_digits(workplace / "digits", 3)
-    with pytest.raises(FileNotFoundError, match="missing is none"):
+    with pytest.raises(FileNotFoundError, match="missing, which is none"):
         run("--images", "missing")
-    with pytest.raises(FileNotFoundError, match="missing is none"):
+    with pytest.raises(FileNotFoundError, match="missing, which is none"):
         run("--images", folder, "--reference", "missing")
-    with pytest.raises(ValueError, match=r"Expected 5 images in .*, as --num-samples says, got 3"):
+    with pytest.raises(ValueError, match=r"expected 5 images in .*, as --num-samples says, got 3"):
         run("--images", folder, "--num-samples", "5")
     with pytest.raises(ValueError, match="expected a run folder"):
         run("--model", folder)
@@ -169,7 +177,7 @@ def test_missing_things_are_refused_before_the_work(workplace: Path, monkeypatch
         run("--images", folder, "--reference", "text.npz")
     monkeypatch.setenv("TORCH_HOME", str(workplace / "home"))
     monkeypatch.setattr(inception, "WEIGHTS_URL", (workplace / "nowhere").as_uri())
-    with pytest.raises(FileNotFoundError, match="No Inception weights"):
+    with pytest.raises(FileNotFoundError, match="no Inception weights"):
         run("--images", folder, "--reference", folder)
     assert not Path("fid.json").exists()
 

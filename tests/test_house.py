@@ -13,7 +13,8 @@ import pytest
 import convert_checkpoint
 import evaluate_fid
 import sample
-from iwin_dit.training.config import build_parser
+from iwin_dit.training.config import parse_config
+from tests.tools import fenced
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "iwin_dit"
@@ -126,11 +127,6 @@ def test_long_docstrings_list_the_arguments(path):
 # --- the README's and the docs' commands
 
 
-def fenced(path: Path, language: str) -> str:
-    """All code blocks of one language, in order."""
-    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL))
-
-
 def shell_commands(path: Path) -> list[list[str]]:
     """Commands of the bash blocks that run one of our scripts, without launcher and comments."""
     commands = []
@@ -155,7 +151,8 @@ def test_the_readme_shows_every_script():
 def test_commands_parse(command, tmp_path, monkeypatch):
     script, *arguments = command
     if script == "train_dit.py":
-        build_parser().parse_args(arguments)
+        monkeypatch.chdir(ROOT)
+        parse_config(arguments, default_config="configs/digits.yaml")
     elif script == "sample.py":
         sample.build_parser().parse_args(arguments)
     elif script == "convert_checkpoint.py":

@@ -114,9 +114,9 @@ def test_too_few_images_and_wrong_batches_are_refused() -> None:
     metric.update(numbered(0, 1), real=False)
     with pytest.raises(ValueError, match="at least 2 images on each side, got 8 real and 1 generated"):
         metric.compute()
-    with pytest.raises(ValueError, match="Expected uint8 images"):
+    with pytest.raises(ValueError, match="expected uint8 images"):
         metric.update(torch.zeros(2, 3, 4, 4), real=True)
-    with pytest.raises(ValueError, match="Expected uint8 images"):
+    with pytest.raises(ValueError, match="expected uint8 images"):
         metric.update(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), real=True)
 
 
@@ -136,7 +136,7 @@ def test_an_npz_reference_gives_the_distance_of_its_images(tmp_path: Path) -> No
     assert result.n_real is None
     with pytest.raises(ValueError, match="given as statistics"):
         metric.update(numbered(0, 2), real=True)
-    with pytest.raises(ValueError, match="Expected statistics of 8 features, got 4"):
+    with pytest.raises(ValueError, match="expected statistics of 8 features, got 4"):
         metric.set_real_statistics(FeatureStatistics(torch.zeros(4), torch.zeros(4, 4)))
 
 

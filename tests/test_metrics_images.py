@@ -46,7 +46,7 @@ def test_the_hash_is_of_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_count_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="missing is none"):
+    with pytest.raises(FileNotFoundError, match="missing, which is none"):
         ImageFiles(tmp_path / "missing", allow_jpeg=True)
     save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"at least 2 images .* got 1"):

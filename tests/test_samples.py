@@ -15,6 +15,7 @@ from sklearn.svm import SVC
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.data.digits import Digits
 from iwin_dit.data.sources import split_indices
+from tests.tools import fenced
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +114,11 @@ def test_evaluate_script(folder):
     assert "frechet_digits (100 samples vs 1797 real, guidance 3, 50 steps, FlowMatchEulerDiscrete)" in printed
     assert 0 < result["value"] < 30
     assert result["generated"]["seeds"] == [0, 99]
+
+
+def test_the_readmes_python(folder, monkeypatch):
+    """The README's Python blocks, in order, in the folder that the demo leaves."""
+    monkeypatch.chdir(folder)
+    exec(compile(fenced(ROOT / "README.md", "python"), "README.md", "exec"), {})
+    with Image.open(folder / "three.png") as image:
+        assert image.size == (32, 32)

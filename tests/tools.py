@@ -1,4 +1,7 @@
-"""What several test files share: tiny real components and the error measure."""
+"""What several test files share: tiny real components, the error measure, code blocks of a page."""
+
+import re
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -42,3 +45,8 @@ def tiny_vae(**overrides) -> AutoencoderKL:
         "sample_size": 16,
     }
     return AutoencoderKL(**{**arguments, **overrides}).eval()
+
+
+def fenced(page: Path, language: str) -> str:
+    """All code blocks of one language in a Markdown page, in order."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))

@@ -41,7 +41,7 @@ class Digits:
         except ImportError as error:
             raise ImportError('the digits need scikit-learn: pip install "iwin-dit[digits]"') from error
         data = load_digits()
-        self.description = "scikit-learn digits"
+        self.description = "digits"
         self.resolution = 32
         self.class_names = tuple(str(name) for name in data.target_names)
         self.labels: list[int] = data.target.tolist()
@@ -77,7 +77,7 @@ def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int
         The VAE, float32, in evaluation mode.
 
     Raises:
-        RuntimeError: Held-out images come back with less than 28 dB.
+        ValueError: Held-out images come back with less than 28 dB.
     """
     train_indices, val_indices = split_indices(digits.labels, holdout, seed)
     train, val = (_to_pixels(digits, indices) for indices in (train_indices, val_indices))
@@ -91,7 +91,7 @@ def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     psnr = _reconstruction_psnr(vae, val)
     if psnr < MIN_PSNR:
-        raise RuntimeError(f"the digits VAE reconstructs held-out images at {psnr:.1f} dB, expected {MIN_PSNR} or more")
+        raise ValueError(f"the digits VAE reconstructs held-out images at {psnr:.1f} dB, expected {MIN_PSNR} or more")
     logger.info(
         "digits VAE: %.1f dB PSNR on %d held-out images (%d steps, %d threads)",
         psnr,

@@ -8,7 +8,7 @@ from diffusers import AutoModel, ModelMixin
 
 from .codec import LatentCodec
 from .digits import Digits, train_digits_vae
-from .latents import MANIFEST, LatentDataset, write_latents
+from .latents import MANIFEST, LatentDataset, Manifest, write_latents
 from .sources import ImageFolder, ImageSource
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def open_vae(path_or_id: str) -> ModelMixin:
         The VAE in float32, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: If a local folder holds no VAE.
+        ValueError: If there is no VAE.
     """
     path, subfolder = Path(path_or_id), None
     if path.exists():
@@ -36,7 +36,10 @@ def open_vae(path_or_id: str) -> ModelMixin:
     elif path_or_id.count("/") == 2:
         path_or_id, subfolder = path_or_id.rsplit("/", 1)
     name = str(path) if path.exists() else path_or_id
-    vae = AutoModel.from_pretrained(name, subfolder=subfolder, dtype=torch.float32)
+    try:
+        vae = AutoModel.from_pretrained(name, subfolder=subfolder, dtype=torch.float32)
+    except OSError as error:  # what the Hub client raises for an unknown id or a missing network
+        raise ValueError(f"expected a VAE folder or a reachable Hub id, got {path_or_id!r}: {error}") from error
     return vae.eval().requires_grad_(False)
 
 
@@ -61,6 +64,21 @@ def open_source(source: str, resolution: int) -> ImageSource:
     return digits
 
 
+def missing_parts(source: str, vae: str, latents: str) -> list[str]:
+    """Name what `prepare_latents` would have to make first.
+
+    Args:
+        source: As for `open_source`.
+        vae: As for `open_vae`.
+        latents: Folder of latents.
+
+    Returns:
+        Folders, none if everything is there.
+    """
+    missing = [vae] if source == "digits" and not Path(vae).exists() else []
+    return missing if (Path(latents) / MANIFEST).is_file() else [*missing, latents]
+
+
 def prepare_latents(
     source: str,
     vae: str,
@@ -72,6 +90,7 @@ def prepare_latents(
     batch_size: int,
     max_broken: int,
     device: torch.device,
+    verify: bool = True,
 ) -> tuple[LatentCodec, LatentDataset, LatentDataset]:
     """Open VAE and latents; train the digits VAE and encode the source where they are missing.
 
@@ -85,17 +104,21 @@ def prepare_latents(
         batch_size: Images per VAE call.
         max_broken: Broken images to skip before giving up.
         device: Where the VAE goes.
+        verify: Check the hashes of the latents, as for `LatentDataset`.
 
     Returns:
         The codec, the training latents and the held-out latents.
 
     Raises:
-        ValueError: If something is missing that cannot be made, or does not fit.
+        ValueError: If something is missing that cannot be made, or the latents were made from something else.
     """
     if source == "digits" and not Path(vae).exists():
         logger.info("training the digits VAE into %s", vae)
         train_digits_vae(Digits(), holdout, seed).save_pretrained(vae)
-    codec = LatentCodec(open_vae(vae).to(device))
+    try:
+        codec = LatentCodec(open_vae(vae).to(device))
+    except ValueError as error:
+        raise ValueError(f"data.vae: {error}") from error
     folder = Path(latents)
     if not (folder / MANIFEST).is_file():
         images = open_source(source, resolution)
@@ -103,4 +126,23 @@ def prepare_latents(
         write_latents(
             images, codec, folder, vae_id=vae, holdout=holdout, seed=seed, batch_size=batch_size, max_broken=max_broken
         )
-    return codec, LatentDataset(folder, "train"), LatentDataset(folder, "val")
+    _check_made_from(folder, {"source": source, "resolution": resolution, "holdout": holdout, "split_seed": seed})
+    return codec, LatentDataset(folder, "train", verify), LatentDataset(folder, "val", verify)
+
+
+def _check_made_from(folder: Path, wanted: dict[str, str | int | float]) -> None:
+    """Raise a ValueError that lists what of the configuration the latents in `folder` were not made with."""
+    manifest = Manifest.load(folder)
+    wanted = {**wanted, "source": str(Path(str(wanted["source"])))}  # `photos` and `photos/` are one folder
+    made = {
+        "source": manifest.source,
+        "resolution": manifest.resolution,
+        "holdout": manifest.holdout,
+        "split_seed": manifest.seed,
+    }
+    differences = [f"data.{key}: {made[key]} there, {wanted[key]} wanted" for key in made if made[key] != wanted[key]]
+    if differences:
+        raise ValueError(
+            f"the latents in {folder} were made with other settings:\n  " + "\n  ".join(differences) + "\nGive another "
+            "--data.latents, or delete that folder to have them made again"
+        )

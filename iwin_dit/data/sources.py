@@ -4,7 +4,6 @@ An image leaves a source as a uint8 tensor (3, R, R), square, RGB; R is the sour
 latents, VAEs or models. Letters: R image side, N number of images.
 """
 
-import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import find_classes, make_dataset
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders Pillow may try: the rare ones are where its holes are
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises on damaged files
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -25,7 +23,7 @@ class ImageSource(Protocol):
 
     @property
     def description(self) -> str:
-        """Where the images come from, in a few words."""
+        """Where the images come from: `data.source` as the user gives it."""
 
     @property
     def resolution(self) -> int:
@@ -77,7 +75,7 @@ class ImageFolder:
                 f"no images ({', '.join(_EXTENSIONS)}) in these class folders of {root}: "
                 f"{', '.join(names[label] for label in empty)}; fill or remove them"
             )
-        self.description = f"folder {root.name}"
+        self.description = str(root)
         self.resolution = resolution
         self.class_names = tuple(names)
         self.paths = [Path(path) for path, _ in samples]
@@ -108,8 +106,8 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
                 return to_rgb(ImageOps.exif_transpose(image))
-    except (*_DECODING_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BrokenImageError(f"{path}: {error}") from error
+    except Exception as error:  # on damaged files Pillow raises nearly anything: TypeError, SyntaxError, struct.error
+        raise BrokenImageError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

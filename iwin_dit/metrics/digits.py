@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from iwin_dit.metrics.frechet import FeatureNetwork
-from iwin_dit.metrics.result import sha256, write_json
+from .frechet import FeatureNetwork
+from .result import sha256, write_json
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
@@ -63,7 +63,7 @@ class DigitsFeatures(FeatureNetwork):
         """
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(f"Digits features expect 32 x 32 images, got {size}; use --features inception.")
+            raise ValueError(f"digits features expect 32 x 32 images, got {size}; use --features inception")
         return self.trunk(images.float() / 127.5 - 1)
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class DigitsFeatures(FeatureNetwork):
         expected = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["weights_sha256"]
         got = sha256(folder / _WEIGHTS)
         if got != expected:
-            raise ValueError(f"Expected {folder / _WEIGHTS} with sha256 {expected}, got {got}: delete {folder}.")
+            raise ValueError(f"expected {folder / _WEIGHTS} with sha256 {expected}, got {got}: delete {folder}")
         features = cls()
         features.load_state_dict(load_file(folder / _WEIGHTS))
         return features.requires_grad_(False).eval()

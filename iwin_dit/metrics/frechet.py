@@ -90,7 +90,7 @@ class FrechetDistance:
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError as error:
-            raise ImportError('The Frechet distance needs torchmetrics: pip install "iwin-dit[eval]"') from error
+            raise ImportError('the Frechet distance needs torchmetrics: pip install "iwin-dit[eval]"') from error
         # The reduction over processes happens once, in compute(), where the summed state is inspected first.
         self._metric = FrechetInceptionDistance(feature=features, sync_on_compute=False).to(device)
         self._real_is_given = False
@@ -106,9 +106,9 @@ class FrechetDistance:
             ValueError: If the images have another shape or dtype, or if the reference came as statistics already.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"Expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+            raise ValueError(f"expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         if real and self._real_is_given:
-            raise ValueError("The reference was given as statistics; no real images can be added to it.")
+            raise ValueError("the reference was given as statistics; no real images can be added to it")
         self._metric.update(images.to(self._metric.device), real=real)
 
     def set_real_statistics(self, statistics: FeatureStatistics) -> None:
@@ -123,7 +123,7 @@ class FrechetDistance:
         metric, mean, covariance = self._metric, statistics.mean, statistics.covariance
         if mean.shape != metric.real_features_sum.shape:
             expected = len(metric.real_features_sum)
-            raise ValueError(f"Expected statistics of {expected} features, got {len(mean)}: another feature network.")
+            raise ValueError(f"expected statistics of {expected} features, got {len(mean)}: another feature network")
         self._real_is_given = True
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return  # The sums of all processes are added up: one of them holds the reference.
@@ -149,11 +149,11 @@ class FrechetDistance:
         with metric.sync_context():
             n_real, n_fake = int(metric.real_features_num_samples), int(metric.fake_features_num_samples)
             if min(n_real, n_fake) < 2:
-                raise ValueError(f"Expected at least 2 images on each side, got {n_real} real and {n_fake} generated.")
+                raise ValueError(f"expected at least 2 images on each side, got {n_real} real and {n_fake} generated")
             sides = {"real": metric.real_features_cov_sum, "generated": metric.fake_features_cov_sum}
             for side, square_sum in sides.items():
                 if not square_sum.isfinite().all():
-                    raise ValueError(f"The features of the {side} images are not all finite; no distance exists.")
+                    raise ValueError(f"the features of the {side} images are not all finite; no distance exists")
             raw = metric.compute().item()
         return FrechetResult(max(raw, 0.0), raw, None if self._real_is_given else n_real, n_fake)
 
@@ -181,7 +181,7 @@ def load_statistics(path: Path, num_features: int) -> FeatureStatistics:
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a usable reference of {num_features} features: {error}") from error
     if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6 * np.abs(covariance).max()):
-        raise ValueError(f"{path} is not a usable reference: 'sigma' is not symmetric.")
+        raise ValueError(f"{path} is not a usable reference: 'sigma' is not symmetric")
     return FeatureStatistics(torch.from_numpy(mean), torch.from_numpy(covariance))
 
 
@@ -189,17 +189,17 @@ def _read_array(archive: zipfile.ZipFile, key: str, shape: Sequence[int]) -> np.
     """Read one finite floating-point array of known shape as float64, looking at its header first."""
     names = [name.removesuffix(".npy") for name in archive.namelist()]
     if key not in names:
-        raise ValueError(f"expected the arrays 'mu' and 'sigma', got {names}; give a folder of images instead.")
+        raise ValueError(f"expected the arrays 'mu' and 'sigma', got {names}; give a folder of images instead")
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with archive.open(f"{key}.npy") as file:
         version = np.lib.format.read_magic(file)
         if version not in readers:
-            raise ValueError(f"'{key}' has npy format {version}, expected one of {list(readers)}.")
+            raise ValueError(f"'{key}' has npy format {version}, expected one of {list(readers)}")
         got_shape, _, dtype = readers[version](file)
     if got_shape != tuple(shape) or dtype.kind != "f":
-        raise ValueError(f"expected '{key}' to be floating point {tuple(shape)}, got {dtype} {got_shape}.")
+        raise ValueError(f"expected '{key}' to be floating point {tuple(shape)}, got {dtype} {got_shape}")
     with archive.open(f"{key}.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"'{key}' holds NaN or infinity.")
+        raise ValueError(f"'{key}' holds NaN or infinity")
     return array

@@ -42,23 +42,23 @@ class ImageFiles:
 
     def __init__(self, folder: Path, *, allow_jpeg: bool) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"Expected a folder of images, but {folder} is none.")
+            raise FileNotFoundError(f"expected a folder of images, got {folder}, which is none")
         self.folder = folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
         if len(self.paths) < 2:
             found = len(self.paths)
-            raise ValueError(f"Expected at least 2 images ({' '.join(sorted(_SUFFIXES))}) in {folder}, got {found}.")
+            raise ValueError(f"expected at least 2 images ({' '.join(sorted(_SUFFIXES))}) in {folder}, got {found}")
         sizes: Counter[tuple[int, int]] = Counter()
         for path in self.paths:
             with _open(path) as image:
                 if image.format == "JPEG" and not allow_jpeg:
-                    raise ValueError(f"{path} is JPEG, whose artefacts change the distance: save the samples as PNG.")
+                    raise ValueError(f"{path} is JPEG, whose artefacts change the distance: save the samples as PNG")
                 if image.mode not in _MODES:
-                    raise ValueError(f"Expected RGB or grayscale images, but {path} is {image.mode}: convert it first.")
+                    raise ValueError(f"expected RGB or grayscale images, but {path} is {image.mode}: convert it first")
                 sizes[image.height, image.width] += 1
         if len(sizes) > 1:
             counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(5))
-            raise ValueError(f"Expected images of one size in {folder}, got {counts}: crop them as for training.")
+            raise ValueError(f"expected images of one size in {folder}, got {counts}: crop them as for training")
         self.size = next(iter(sizes))
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class ImageFiles:
             with _open(path) as image:
                 try:
                     arrays.append(np.asarray(image.convert("RGB")))
-                except OSError as error:
+                except Exception as error:  # on damaged files Pillow raises nearly anything
                     raise ValueError(f"{path} is broken: {error}") from error
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
@@ -101,5 +101,5 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(path, formats=_FORMATS)
-    except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise ValueError(f"{path} is no usable image: {error}") from error

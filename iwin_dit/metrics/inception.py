@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwin_dit.metrics.frechet import FeatureNetwork
-from iwin_dit.metrics.result import sha256
+from .frechet import FeatureNetwork
+from .result import sha256
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
@@ -50,7 +50,7 @@ class InceptionFeatures(FeatureNetwork):
         self.weights_sha256 = sha256(weights)
         if not self.weights_sha256.startswith(sha256_prefix):
             raise ValueError(
-                f"Expected Inception weights whose sha256 begins with {sha256_prefix}, but that of {weights} is "
+                f"expected Inception weights whose sha256 begins with {sha256_prefix}, but that of {weights} is "
                 f"{self.weights_sha256}. It is a broken download or another file: replace it by {WEIGHTS_URL}"
             )
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -142,8 +142,8 @@ def find_inception_weights(path: Path | None = None, *, download: bool = True) -
         except (OSError, RuntimeError) as error:  # no network, no disk, or torch.hub's "invalid hash value"
             reason = f"the download failed: {error}"
     raise FileNotFoundError(
-        f"No Inception weights for the FID ({reason}). Expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256_PREFIX}..., "
-        f"from {WEIGHTS_URL} : put it at {cache / WEIGHTS_NAME} or give its path with --inception-weights."
+        f"no Inception weights for the FID ({reason}): expected {WEIGHTS_NAME}, sha256 {WEIGHTS_SHA256_PREFIX}..., "
+        f"from {WEIGHTS_URL} : put it at {cache / WEIGHTS_NAME} or give its path with --inception-weights"
     )
 
 

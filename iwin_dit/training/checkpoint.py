@@ -21,8 +21,12 @@ from ..models.loading import load_strictly
 from .config import Config
 from .ema import EMA
 
-# Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned.
-FREE_KEYS = ("overwrite", "dry_run", "log.", "train.steps", "train.compile", "train.gradient_checkpointing")
+# Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
+# compared as it was resolved with the launcher's; the steps are free only where no schedule ends at the last one.
+FREE_KEYS = (
+    *("overwrite", "dry_run", "prepare_only", "log.", "train.compile", "train.gradient_checkpointing"),
+    *("train.mixed_precision", "data.num_workers", "data.encode_batch_size", "data.max_broken_images"),
+)
 
 
 @dataclass
@@ -32,7 +36,7 @@ class TrainState:
     Attributes:
         model: The training model, unwrapped.
         ema: Its average.
-        optimizer: The optimizer, unwrapped.
+        optimizer: The optimizer; in training, as Accelerate wrapped it.
         scaler: Gradient scaler of float16 training, else None.
         step: Optimizer steps done; data order and random numbers are functions of it.
     """
@@ -64,7 +68,7 @@ class TrainState:
         state = {"step": self.step, "ema_updates": self.ema.updates, "scaler": scaler}
         (staging / "state.json").write_text(json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
-        Path(staging).replace(final)
+        staging.replace(final)
         for old in list_checkpoints(root)[:-keep]:
             shutil.rmtree(old)
         return final
@@ -93,38 +97,67 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-????????") if (path / "state.json").is_file())
 
 
-def open_run(config: Config) -> Path:
-    """Create the run folder, or check that it holds this very run.
+def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
+    """Check, without touching anything, that the run folder can take this run or holds it already.
 
     Args:
         config: The configuration of this start.
-
-    Returns:
-        The run folder.
+        resolved: What decides the result besides, by name; None where it is not known yet and not compared.
 
     Raises:
         ValueError: If the folder holds something else, or a run whose configuration differs; the keys are listed.
     """
     run = Path(config.run)
     record = run / "config.json"
-    if config.overwrite and record.is_file():
-        shutil.rmtree(run)
-    if record.is_file():
-        before, now = _flatten(json.loads(record.read_text())), _flatten(json.loads(json.dumps(config.to_dict())))
-        changed = sorted(
-            k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(FREE_KEYS)
+    if not record.is_file():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f"run folder {run} is not empty and holds no run (no config.json): give another --run")
+        return
+    if config.overwrite:
+        return
+    before, now = _flatten(json.loads(record.read_text())), _flatten(_record(config, resolved or {}))
+    free = (*FREE_KEYS, "train.steps") if config.optim.schedule == "constant" else FREE_KEYS
+    if resolved is None:
+        free = (*free, "resolved.")
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(free))
+    if changed:
+        lines = "\n  ".join(f"{key}: {before.get(key)} before, {now.get(key)} now" for key in changed)
+        cosine = (
+            "The cosine schedule ends at the last step, so train.steps is fixed. " if "train.steps" in changed else ""
         )
-        if changed:
-            lines = "\n  ".join(f"{key}: {before.get(key)} before, {now.get(key)} now" for key in changed)
-            raise ValueError(
-                f"run folder {run} holds a run of another configuration:\n  {lines}\nGive another --run, or "
-                "--overwrite to delete that run and start afresh"
-            )
-    elif run.is_dir() and any(run.iterdir()):
-        raise ValueError(f"run folder {run} is not empty and holds no run (no config.json): give another --run")
+        raise ValueError(
+            f"run folder {run} holds a run of another configuration:\n  {lines}\n{cosine}Give another --run, or "
+            "--overwrite to delete that run and start afresh"
+        )
+
+
+def open_run(config: Config, resolved: dict[str, str]) -> Path:
+    """Create the run folder and write its record, once everything else has been found in order.
+
+    Args:
+        config: The configuration of this start.
+        resolved: What decides the result besides, by name: the precision in use, the hash of the latents.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: As `check_run`.
+    """
+    check_run(config, resolved)
+    run = Path(config.run)
+    if config.overwrite and run.is_dir():
+        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(config.to_dict(), indent=1))
+    staging = run / ".config.tmp"
+    staging.write_text(json.dumps(_record(config, resolved), indent=1))
+    staging.replace(run / "config.json")
     return run
+
+
+def _record(config: Config, resolved: dict[str, str]) -> dict[str, Any]:
+    """The content of config.json, as JSON gives it back."""
+    return json.loads(json.dumps({**config.to_dict(), "resolved": resolved}))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -84,9 +85,10 @@ class TrainConfig:
     """The loop.
 
     Attributes:
-        steps: Optimizer steps. A finished run given more goes on.
+        steps: Optimizer steps. A finished run given more goes on, unless a cosine schedule has ended with it.
         batch_size: Global batch: samples per optimizer step over all processes and micro-batches.
-        gradient_accumulation_steps: Micro-batches per step; "auto" takes the launcher's, or 1.
+        gradient_accumulation_steps: Micro-batches per step; "auto" takes ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which
+            `accelerate launch` sets for DeepSpeed alone, or 1.
         mixed_precision: "auto" takes the launcher's, or "no".
         gradient_checkpointing: Recompute blocks in the backward pass, for memory.
         compile: Compile the repeated block.
@@ -106,10 +108,10 @@ class TrainConfig:
 
 @dataclass
 class LogConfig:
-    """What is written, and every how many steps; 0 turns a thing off.
+    """What is written, and every how many steps (and at the last one); 0 turns validation and previews off.
 
     Attributes:
-        every: Loss, rate and speed to metrics.jsonl and the tracker.
+        every: Loss, rate and speed to metrics.jsonl and the tracker; at least 1.
         validate_every: Validation loss of the averaged weights.
         validation_samples: At most so many held-out latents.
         preview_every: A grid of samples from the averaged weights.
@@ -117,7 +119,7 @@ class LogConfig:
         preview_columns: Images per class.
         preview_steps: Sampler steps.
         preview_guidance_scale: Guidance scale.
-        checkpoint_every: A checkpoint to resume from.
+        checkpoint_every: A checkpoint to resume from and the pipeline; 0 writes them at the last step alone.
         keep_checkpoints: How many to keep, at least 1.
         tracker: "none" or "tensorboard", through Accelerate.
     """
@@ -143,6 +145,7 @@ class Config:
         run: Run folder.
         overwrite: Start afresh in a run folder that holds another run.
         dry_run: Print the resolved configuration and the size of the model, then exit.
+        prepare_only: Make VAE and latents where they are missing, then exit.
         model: Keyword arguments of `IwinDiTTransformer2DModel`.
         objective: Which of the two objectives below trains.
         flow_matching: Settings of objective "flow_matching".
@@ -157,6 +160,7 @@ class Config:
     model: dict[str, Any]
     overwrite: bool = False
     dry_run: bool = False
+    prepare_only: bool = False
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"
     flow_matching: FlowMatching = field(default_factory=FlowMatching)
     ddpm: DDPM = field(default_factory=DDPM)
@@ -169,21 +173,7 @@ class Config:
         idle = "ddpm" if self.objective == "flow_matching" else "flow_matching"
         if getattr(self, idle) != type(getattr(self, idle))():
             raise ValueError(f"{idle} settings have no effect with objective {self.objective!r}: remove them")
-        counts = {
-            "train.steps": self.train.steps,
-            "train.batch_size": self.train.batch_size,
-            "data.resolution": self.data.resolution,
-            "data.encode_batch_size": self.data.encode_batch_size,
-            "log.every": self.log.every,
-            "log.keep_checkpoints": self.log.keep_checkpoints,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0.0 <= self.train.ema_decay < 1.0:
-            raise ValueError(f"train.ema_decay must be in [0, 1), got {self.train.ema_decay}")
-        if self.optim.lr <= 0 or self.optim.max_grad_norm <= 0:
-            raise ValueError(f"optim.lr and optim.max_grad_norm must be positive, got {self.optim}")
+        self._check_numbers()
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
             raise ValueError(
@@ -191,6 +181,17 @@ class Config:
                 f"{self.model['out_channels']}"
             )
         self.model["out_channels"] = expected
+
+    def _check_numbers(self) -> None:
+        """Raise a ValueError for the first number that is out of its range."""
+        numbers = _numbers(self.to_dict())
+        for expected, (in_range, names) in RANGES.items():
+            for name in names:
+                if name in numbers and not in_range(numbers[name]):
+                    raise ValueError(f"{name} must be {expected}, got {numbers[name]}")
+        classes = self.model["num_classes"]
+        if not all(0 <= label < classes for label in self.log.preview_classes):
+            raise ValueError(f"log.preview_classes must be 0 to {classes - 1}, got {self.log.preview_classes}")
 
     def build_objective(self) -> Objective:
         """Return the objective that trains."""
@@ -203,6 +204,47 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain nested values, for JSON and YAML."""
         return dataclasses.asdict(self)
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of nested values by dotted name."""
+    numbers: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict | tuple):
+            parts = value if isinstance(value, dict) else {str(i): part for i, part in enumerate(value)}
+            numbers |= _numbers(parts, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            numbers[prefix + key] = value
+    return numbers
+
+
+# What a number must be, in words and as a test, and the numbers that must be it. NaN is in no range.
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: 1 <= value < math.inf,
+        (
+            *("train.steps", "train.batch_size", "train.gradient_accumulation_steps"),
+            *("data.resolution", "data.encode_batch_size"),
+            *("log.every", "log.keep_checkpoints", "log.validation_samples"),
+            *("log.preview_columns", "log.preview_steps", "log.preview_guidance_scale"),
+        ),
+    ),
+    "at least 0": (
+        lambda value: 0 <= value < math.inf,
+        (
+            *("data.num_workers", "data.max_broken_images", "data.split_seed"),
+            *("optim.warmup_steps", "optim.weight_decay"),
+            *("log.validate_every", "log.preview_every", "log.checkpoint_every"),
+        ),
+    ),
+    "above 0": (
+        lambda value: 0 < value < math.inf,
+        ("optim.lr", "optim.eps", "optim.max_grad_norm", "data.holdout"),
+    ),
+    "in [0, 1)": (lambda value: 0 <= value < 1, ("train.ema_decay", "optim.betas.0", "optim.betas.1")),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),
+    "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # what numpy's global generator takes
+}
 
 
 class ConfigParser(ArgumentParser):
@@ -236,9 +278,10 @@ def build_parser() -> ConfigParser:
         description="Train an Iwin DiT. The same command again resumes the run, or says that it is done.",
     )
     parser.add_argument("--config", action="config", help="YAML file; the command line overrides it")
-    parser.add_argument("--run", type=str, default="runs/digits", help="run folder")
+    parser.add_argument("--run", type=str, required=True, help="run folder")
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a run folder that holds another run")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and model size, then exit")
+    parser.add_argument("--prepare-only", action="store_true", help="make missing VAE and latents, then exit")
     parser.add_class_arguments(IwinDiTTransformer2DModel, "model")
     parser.add_argument("--objective", type=Literal["flow_matching", "ddpm"], default="flow_matching")
     for name, section in SECTIONS.items():

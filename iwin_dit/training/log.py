@@ -1,11 +1,36 @@
 """The numbers of a run: metrics.jsonl, always, and the tracker where there is one."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from .config import Config
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl; a last line that is torn, because the run was killed while writing it, is left out.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A record per line.
+
+    Raises:
+        ValueError: If another line is no JSON.
+    """
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: expected JSON, got {line[:80]!r}") from error
+    return records
 
 
 class MetricsLog:
@@ -24,8 +49,10 @@ class MetricsLog:
     def __init__(self, config: Config, accelerator: Accelerator, run: Path, step: int) -> None:
         self.accelerator, self.batch_size, self.path = accelerator, config.train.batch_size, run / "metrics.jsonl"
         if accelerator.is_main_process:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            records = read_metrics(self.path) if self.path.is_file() else []
+            staging = self.path.with_name(".metrics.tmp")
+            staging.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
+            staging.replace(self.path)
         if config.log.tracker != "none":
             accelerator.init_trackers(config.log.tracker)
 
@@ -34,9 +61,10 @@ class MetricsLog:
 
         Args:
             step: Optimizer steps done.
-            values: Numbers by name.
+            values: Numbers by name; one that is not finite is null in the file, for JSON has no word for it.
         """
         if self.accelerator.is_main_process:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "images": step * self.batch_size, **values}) + "\n")
+                file.write(json.dumps({"step": step, "images": step * self.batch_size, **finite}) + "\n")
         self.accelerator.log(values, step=step)

@@ -1,9 +1,10 @@
 """Draw the curves of runs: `python -m iwin_dit.training.plot RUN [RUN ...] [--out FILE]`."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from .log import read_metrics
 
 
 def plot_losses(runs: Sequence[Path], out: Path) -> None:
@@ -29,9 +30,9 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
         log = run / "metrics.jsonl"
         if not log.is_file():
             raise ValueError(f"expected a run folder with metrics.jsonl, got {run}")
-        records = [json.loads(line) for line in log.read_text().splitlines()]
+        records = read_metrics(log)
         for key, style in (("loss", {"alpha": 0.5, "linewidth": 0.8}), ("validation_loss", {"marker": "o"})):
-            points = [(record["images"], record[key]) for record in records if key in record]
+            points = [(record["images"], record[key]) for record in records if record.get(key) is not None]
             axes.plot(*zip(*points, strict=True), label=f"{run.name} {key.replace('_', ' ')}", **style)
     axes.set(xlabel="images seen", ylabel="loss")
     axes.grid(alpha=0.3)

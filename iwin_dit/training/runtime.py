@@ -5,7 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, get_int_from_env
 
 from .config import Config
 
@@ -43,11 +43,11 @@ def make_accelerator(config: Config) -> Accelerator:
         The Accelerator.
 
     Raises:
-        ValueError: If configuration and launcher disagree.
+        ValueError: If configuration and launcher disagree, or the launcher shards the model.
         ImportError: If the tracker is not installed.
     """
     tracker = config.log.tracker
-    if tracker != "none" and tracker not in get_available_trackers():
+    if tracker != "none" and tracker not in {available.value for available in get_available_trackers()}:
         raise ImportError(f'log.tracker is {tracker!r}, which is not installed: pip install "iwin-dit[{tracker}]"')
     precision = resolve_with_launcher(
         config.train.mixed_precision, "ACCELERATE_MIXED_PRECISION", "train.mixed_precision", "no"
@@ -64,24 +64,28 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=config.run, logging_dir=config.run),
     )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"expected one of the distributed types {[kind.value for kind in supported]}, got "
+            f"{accelerator.distributed_type.value}, which is not supported yet: choose another in accelerate config"
+        )
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
+        use_all_cores()
     return accelerator
 
 
-def use_all_cores(num_processes: int = 1) -> None:
+def use_all_cores() -> None:
     """Share the CPU cores among the processes of this machine.
 
     `accelerate launch` gives a CPU process one thread (OMP_NUM_THREADS=1) unless told otherwise, which halves the
     speed on two cores; any other number in that variable is somebody's choice and is kept.
-
-    Args:
-        num_processes: Processes on this machine.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # The cores this process may run on, where the system can tell (macOS and Windows cannot).
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // num_processes))
+        local_processes = get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], 1)
+        torch.set_num_threads(max(1, cores // local_processes))
 
 
 def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:
