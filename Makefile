@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") train_dit.py
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import torch; print(torch.get_num_threads())") train_dit.py
 	$(BIN)/python -m iwin_dit.training.plot $(RUN)
 	$(BIN)/python sample.py --model $(RUN) --out $(RUN)/samples --grid $(RUN)/samples.png
 	$(BIN)/python evaluate_fid.py --model $(RUN)
@@ -25,7 +25,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data/digits runs/digits
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -47,7 +47,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from iwin_dit.convert.flashdit import SHIFT
     from iwin_dit.data.prepare import open_vae
 
-    if arguments.out.exists() and any(arguments.out.iterdir()):
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise ValueError(f"--out must be a new or empty folder, got {arguments.out}")
     vae = open_vae(arguments.vae) if arguments.vae else None
     if vae is not None and not arguments.latent_stats and vae.config.get("latents_mean") is None:

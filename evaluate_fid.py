@@ -241,7 +241,7 @@ def sampled_images(args: argparse.Namespace, device: "torch.device", precision: 
     record = {
         "weights": "ema" if _is_run_folder(args.model) else "as stored in the pipeline",
         "weights_sha256": weights_sha256(args.model),
-        "vae": {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()},  # as loaded, in this dtype:
+        "vae": {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()},  # of the weights in `dtype`
         "dtype": str(dtypes[precision]).removeprefix("torch."),
         "labels": f"i mod {num_classes}",
         "seeds": [first_seed, first_seed + count - 1],

@@ -34,7 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(prog="sample.py", description="Sample images: every pair of class and seed.")
     parser.add_argument("--model", required=True, help="run folder, pipeline folder or Hub id")
-    parser.add_argument("--classes", nargs="+", help="class indices or names (default: the first ten)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        help="class names or indices; a name wins over an index (default: the first ten classes)",
+    )
     parser.add_argument("--seeds", type=parse_seeds, default="0-7", help="such as 0-15 or 0,4,8 (default: 0-7)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the images (default: samples)")
     parser.add_argument("--grid", type=Path, help="file for the grid (default: grid.png in --out)")
@@ -72,6 +76,8 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here")
     pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
     if pipe.vae is None:
         raise ValueError(
@@ -79,11 +85,15 @@ def sample(arguments: argparse.Namespace) -> None:
         )
     pipe.set_progress_bar_config(disable=True)
     names = arguments.classes or range(min(10, pipe.transformer.config.num_classes))
-    classes = [pipe.get_label_ids(int(name) if str(name).isdecimal() else name)[0] for name in names]
+    # A name wins over an index: folders called 0 to 11 sort as 0, 1, 10, 11, 2, ...
+    is_index = [name not in pipe.label_ids and str(name).isdecimal() for name in map(str, names)]
+    classes = pipe.get_label_ids([int(n) if index else n for n, index in zip(names, is_index, strict=True)])
     settings = call_settings(arguments, pipe)
 
     pairs = [(label, seed) for label in classes for seed in arguments.seeds]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    grid = arguments.grid or arguments.out / "grid.png"
+    for folder in (arguments.out, grid.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     images = []
     for start in tqdm(range(0, len(pairs), arguments.batch_size), desc="sampling", unit="batch"):
         batch = pairs[start : start + arguments.batch_size]
@@ -98,7 +108,6 @@ def sample(arguments: argparse.Namespace) -> None:
     columns = len(arguments.seeds)
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
-    grid = arguments.grid or arguments.out / "grid.png"
     image_grid(rows, labels).save(grid)
     print(f"wrote {len(images)} images to {arguments.out} and a grid to {grid}")
 

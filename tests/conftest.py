@@ -41,5 +41,6 @@ def digits_data(digits_folder) -> tuple[LatentCodec, LatentDataset, LatentDatase
         seed=0,
         batch_size=256,
         max_broken=0,
+        model_sizes={"latent_channels": 4, "sample_size": (8, 8), "num_classes": 10},
         device=torch.device("cpu"),
     )

@@ -1,4 +1,4 @@
-"""Rules of the house that a program can check: imports, docstrings, messages in the README that must run."""
+"""Rules of the house that a program can check: imports, docstrings, commands in the README that must parse."""
 
 import argparse
 import ast

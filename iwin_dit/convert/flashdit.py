@@ -64,16 +64,7 @@ def read_checkpoint(path: Path) -> Tensors:
     Raises:
         ValueError: If the file is missing, holds more than tensors and plain containers, or holds no state dict.
     """
-    if not path.is_file():
-        raise ValueError(f"checkpoint not found: {path}")
-    try:
-        is_safetensors = path.suffix == ".safetensors"
-        content: Any = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own errors for a damaged or unsafe file
-        raise ValueError(
-            f"{path} cannot be read as tensors and plain containers alone ({error}); if it is not damaged, save its "
-            "state dict as .safetensors in the environment that made it"
-        ) from error
+    content = _read_tensors(path)
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -81,6 +72,21 @@ def read_checkpoint(path: Path) -> Tensors:
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'ema' or 'model'")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _read_tensors(path: Path) -> Any:
+    """Read a file of tensors and plain containers without running code from it."""
+    if not path.is_file():
+        raise ValueError(f"file not found: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own errors for a damaged or unsafe file
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain containers alone ({error}); if it is not damaged, save its "
+            "tensors as .safetensors in the environment that made it"
+        ) from error
 
 
 def read_latent_stats(path: Path) -> tuple[list[float], list[float]]:
@@ -96,14 +102,13 @@ def read_latent_stats(path: Path) -> tuple[list[float], list[float]]:
     Raises:
         ValueError: If the file is missing or holds neither.
     """
-    if not path.is_file():
-        raise ValueError(f"latent statistics not found: {path}")
-    if path.suffix == ".json":
+    if path.suffix == ".json" and path.is_file():
         stats, names = json.loads(path.read_text()), ("latents_mean", "latents_std")
     else:
-        stats, names = torch.load(path, map_location="cpu", weights_only=True), ("mean", "std")
+        stats, names = _read_tensors(path), ("mean", "std")
     if not isinstance(stats, dict) or any(name not in stats for name in names):
-        raise ValueError(f"{path} must hold {names[0]!r} and {names[1]!r}, got {sorted(stats)}")
+        got = sorted(stats) if isinstance(stats, dict) else type(stats).__name__
+        raise ValueError(f"{path} must hold {names[0]!r} and {names[1]!r}, got {got}")
     mean, std = (torch.as_tensor(stats[name], dtype=torch.float64).flatten().tolist() for name in names)
     return mean, std
 

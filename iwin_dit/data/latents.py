@@ -372,16 +372,46 @@ def check_fits(
     Raises:
         ValueError: They differ; every difference is listed.
     """
-    channels, height, width = manifest.latent_shape
-    pairs = {
-        "VAE (sha256)": (vae_sha256, manifest.vae_sha256),
-        "latent channels": (latent_channels, channels),
-        "latent size": (tuple(sample_size), (height, width)),
-        "classes": (num_classes, len(manifest.class_names)),
-    }
-    differences = [f"{name}: model {model}, latents {data}" for name, (model, data) in pairs.items() if model != data]
+    differences = size_differences(
+        manifest.latent_shape,
+        len(manifest.class_names),
+        latent_channels=latent_channels,
+        sample_size=sample_size,
+        num_classes=num_classes,
+    )
+    if vae_sha256 != manifest.vae_sha256:
+        differences.append(f"VAE (sha256): model {vae_sha256}, latents {manifest.vae_sha256}")
     if differences:
         raise ValueError("the latents do not fit the model:\n  " + "\n  ".join(differences))
+
+
+def size_differences(
+    latent_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    latent_channels: int,
+    sample_size: Sequence[int],
+    num_classes: int,
+) -> list[str]:
+    """List where latents, present or to be made, differ in size from what a model takes.
+
+    Args:
+        latent_shape: (C, h, w) of the latents.
+        classes: Classes of the data.
+        latent_channels: Channels C that the model takes.
+        sample_size: Height and width of the latents that the model is built for.
+        num_classes: Classes that the model knows, without the null class.
+
+    Returns:
+        One line per difference.
+    """
+    channels, height, width = latent_shape
+    pairs = {
+        "latent channels": (latent_channels, channels),
+        "latent size": (tuple(sample_size), (height, width)),
+        "classes": (num_classes, classes),
+    }
+    return [f"{name}: model {model}, latents {data}" for name, (model, data) in pairs.items() if model != data]
 
 
 @functools.lru_cache(maxsize=4)

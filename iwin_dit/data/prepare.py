@@ -2,16 +2,25 @@
 
 import logging
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from diffusers import AutoModel, ModelMixin
 
 from .codec import LatentCodec
 from .digits import Digits, train_digits_vae
-from .latents import MANIFEST, LatentDataset, Manifest, write_latents
+from .latents import MANIFEST, LatentDataset, Manifest, size_differences, write_latents
 from .sources import ImageFolder, ImageSource
 
 logger = logging.getLogger(__name__)
+
+
+class ModelSizes(TypedDict):
+    """What a model takes: latent channels, (height, width) of its latents, classes without the null class."""
+
+    latent_channels: int
+    sample_size: tuple[int, int]
+    num_classes: int
 
 
 def open_vae(path_or_id: str) -> ModelMixin:
@@ -89,6 +98,7 @@ def prepare_latents(
     seed: int,
     batch_size: int,
     max_broken: int,
+    model_sizes: ModelSizes,
     device: torch.device,
     verify: bool = True,
 ) -> tuple[LatentCodec, LatentDataset, LatentDataset]:
@@ -103,6 +113,7 @@ def prepare_latents(
         seed: Key of the split.
         batch_size: Images per VAE call.
         max_broken: Broken images to skip before giving up.
+        model_sizes: What the model takes, checked before anything is encoded.
         device: Where the VAE goes.
         verify: Check the hashes of the latents, as for `LatentDataset`.
 
@@ -112,6 +123,8 @@ def prepare_latents(
     Raises:
         ValueError: If something is missing that cannot be made, or the latents were made from something else.
     """
+    folder = Path(latents)
+    images = None if (folder / MANIFEST).is_file() else open_source(source, resolution)
     if source == "digits" and not Path(vae).exists():
         logger.info("training the digits VAE into %s", vae)
         train_digits_vae(Digits(), holdout, seed).save_pretrained(vae)
@@ -119,9 +132,12 @@ def prepare_latents(
         codec = LatentCodec(open_vae(vae).to(device))
     except ValueError as error:
         raise ValueError(f"data.vae: {error}") from error
-    folder = Path(latents)
-    if not (folder / MANIFEST).is_file():
-        images = open_source(source, resolution)
+    if images is not None:
+        side = resolution // codec.stride
+        shape = (codec.latent_channels, side, side)
+        differences = size_differences(shape, len(images.class_names), **model_sizes)
+        if differences:
+            raise ValueError("the data do not fit the model:\n  " + "\n  ".join(differences))
         logger.info("encoding %d images into %s", len(images), latents)
         write_latents(
             images, codec, folder, vae_id=vae, holdout=holdout, seed=seed, batch_size=batch_size, max_broken=max_broken
@@ -144,5 +160,6 @@ def _check_made_from(folder: Path, wanted: dict[str, str | int | float]) -> None
     if differences:
         raise ValueError(
             f"the latents in {folder} were made with other settings:\n  " + "\n  ".join(differences) + "\nGive another "
-            "--data.latents, or delete that folder to have them made again"
+            "--data.latents (and, for digits, another --data.vae, which has seen the old split), or delete that folder "
+            "to have them made again"
         )

@@ -63,7 +63,7 @@ class DigitsFeatures(FeatureNetwork):
         """
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(f"digits features expect 32 x 32 images, got {size}; use --features inception")
+            raise ValueError(f"digits features expect 32 x 32 images, got {size}; give --reference (a folder or .npz)")
         return self.trunk(images.float() / 127.5 - 1)
 
     @torch.no_grad()

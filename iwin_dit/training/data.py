@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from ..data.codec import LatentCodec
 from ..data.latents import LatentDataset, check_fits
-from ..data.prepare import missing_parts, prepare_latents
+from ..data.prepare import ModelSizes, missing_parts, prepare_latents
 from ..models import IwinDiTTransformer2DModel
 from .config import Config
 
@@ -33,6 +33,10 @@ def open_data(
     if missing and accelerator.num_processes > 1:  # the others would wait in a collective, and time out
         command = shlex.join(["python", *sys.argv, "--prepare-only"])
         raise ValueError(f"{' and '.join(missing)} must be made first, by one process: {command}")
+    height, width = (n * p for n, p in zip(model.base_grid, model.patch_size, strict=True))
+    model_sizes = ModelSizes(
+        latent_channels=model.config.in_channels, sample_size=(height, width), num_classes=model.config.num_classes
+    )
     codec, train_data, held_out = prepare_latents(
         data.source,
         data.vae,
@@ -42,14 +46,9 @@ def open_data(
         seed=data.split_seed,
         batch_size=data.encode_batch_size,
         max_broken=data.max_broken_images,
+        model_sizes=model_sizes,
         device=accelerator.device,
         verify=accelerator.is_main_process,
     )
-    check_fits(
-        train_data.manifest,
-        vae_sha256=codec.fingerprint(),
-        latent_channels=model.config.in_channels,
-        sample_size=tuple(n * p for n, p in zip(model.base_grid, model.patch_size, strict=True)),
-        num_classes=model.config.num_classes,
-    )
+    check_fits(train_data.manifest, vae_sha256=codec.fingerprint(), **model_sizes)
     return codec, train_data, held_out
