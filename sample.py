@@ -115,9 +115,7 @@ def sample(arguments: argparse.Namespace) -> None:
 def call_settings(arguments: argparse.Namespace, pipe: "IwinDiTPipeline") -> dict[str, Any]:
     """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
     defaults = inspect.signature(pipe.__call__).parameters
-    height, width = (
-        n * p * pipe.stride for n, p in zip(pipe.transformer.base_grid, pipe.transformer.patch_size, strict=True)
-    )
+    height, width = (n * pipe.stride for n in pipe.transformer.latent_size)
     given = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,

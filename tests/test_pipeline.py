@@ -301,7 +301,7 @@ class GaussianData(torch.nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.dtype, self.device, self.patch_size = kind, torch.float32, torch.device("cpu"), (1, 1)
-        self.config = SimpleNamespace(in_channels=4, num_classes=10, sample_size=8)
+        self.config, self.latent_size = SimpleNamespace(in_channels=4, num_classes=10), (8, 8)
         self.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
 
     def forward(self, x, timestep, class_labels, attention_kwargs=None, return_dict=False):

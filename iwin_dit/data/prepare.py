@@ -19,7 +19,7 @@ class ModelSizes(TypedDict):
     """What a model takes: latent channels, (height, width) of its latents, classes without the null class."""
 
     latent_channels: int
-    sample_size: tuple[int, int]
+    sample_size: tuple[int, ...]
     num_classes: int
 
 

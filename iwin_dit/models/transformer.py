@@ -49,8 +49,8 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         dim = config.num_attention_heads * config.attention_head_dim
         self._check_config(dim)
         self.patch_size = per_axis(config.patch_size, rank, "patch_size")
-        sample_size = per_axis(config.sample_size, rank, "sample_size")
-        self.base_grid = tuple(n // p for n, p in zip(sample_size, self.patch_size, strict=True))
+        self.latent_size = per_axis(config.sample_size, rank, "sample_size")
+        self.base_grid = tuple(n // p for n, p in zip(self.latent_size, self.patch_size, strict=True))
         kernel_size = per_axis(config.conv_kernel_size, rank, "conv_kernel_size")
         if config.window_size == "auto":
             self.register_to_config(window_size=plan_window(self.base_grid, kernel_size, self._causal_axes()))

@@ -20,7 +20,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.codec import LatentCodec
 from ..models import IwinDiTTransformer2DModel
-from ..nn.windows import per_axis
 
 logger = logging.get_logger(__name__)
 
@@ -418,9 +417,9 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         # 1. Arguments
         output_type = output_type or self._default_output_type()
-        default_size = per_axis(self.transformer.config.sample_size, 2, "sample_size")
-        height = default_size[0] * self.stride if height is None else height
-        width = default_size[1] * self.stride if width is None else width
+        default_height, default_width = (n * self.stride for n in self.transformer.latent_size)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
         if isinstance(callback_on_step_end, PipelineCallback):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(

@@ -33,9 +33,10 @@ def open_data(
     if missing and accelerator.num_processes > 1:  # the others would wait in a collective, and time out
         command = shlex.join(["python", *sys.argv, "--prepare-only"])
         raise ValueError(f"{' and '.join(missing)} must be made first, by one process: {command}")
-    height, width = (n * p for n, p in zip(model.base_grid, model.patch_size, strict=True))
     model_sizes = ModelSizes(
-        latent_channels=model.config.in_channels, sample_size=(height, width), num_classes=model.config.num_classes
+        latent_channels=model.config.in_channels,
+        sample_size=model.latent_size,
+        num_classes=model.config.num_classes,
     )
     codec, train_data, held_out = prepare_latents(
         data.source,

@@ -24,7 +24,7 @@ def describe(config: Config, samples_per_pass: int) -> str:
     """
     with torch.device("meta"):
         model = config.build_model()
-        size = (model.config.in_channels, *(n * p for n, p in zip(model.base_grid, model.patch_size, strict=True)))
+        size = (model.config.in_channels, *model.latent_size)
         inputs = (torch.zeros(1, *size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -50,6 +50,7 @@ def _measure(model: IwinDiTTransformer2DModel, forward: Callable[[], torch.Tenso
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        """Note the storage that a tensor kept for the backward pass lies in, once, and keep the tensor as it is."""
         base = tensor if tensor._base is None else tensor._base
         if id(base) not in weights:
             kept[id(base)] = base
