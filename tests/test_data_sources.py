@@ -1,39 +1,60 @@
-"""Image folders built file by file, and the split rule."""
+"""Folders of class folders, opening a source by its name, and the split rule."""
 
-import io
-import struct
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from iwin_dit.data.sources import (
-    BrokenImageError,
-    ImageFolder,
-    centre_crop,
-    keyed_permutation,
-    read_image,
-    split_indices,
-)
-
-RED, BLUE = (255, 0, 0), (0, 0, 255)
+from iwin_dit.data.images import BrokenImageError
+from iwin_dit.data.sources import ImageFolder, ImageSource, check_label, keyed_permutation, open_source, split_indices
+from tests.corpus import BLUE, RED, broken_images, encode
 
 
-def test_folder_reads_classes_in_order(tmp_path: Path) -> None:
-    for name, colour in (("zebra", RED), ("ant", BLUE)):
-        (tmp_path / name / "deeper").mkdir(parents=True)
-        Image.new("RGB", (20, 12), colour).save(tmp_path / name / "deeper" / "a.PNG")
-        (tmp_path / name / "notes.txt").write_text("left alone")
-    source = ImageFolder(tmp_path, resolution=8)
-    assert source.class_names == ("ant", "zebra")
-    assert source.labels == [0, 1]
-    assert len(source) == 2
-    assert source[1].shape == (3, 8, 8)
-    assert source[1].dtype == torch.uint8
-    assert source[1].float().mean((1, 2)).tolist() == [255, 0, 0]
+def open_like_a_config(source: str | Path, **settings: Any) -> ImageSource:
+    """`open_source` with the configuration's defaults."""
+    defaults: dict[str, Any] = {
+        "split": "train",
+        "streaming": False,
+        "image_key": None,
+        "label_key": None,
+        "class_names": None,
+        "num_classes": 3,
+        "part_size": 4,
+    }
+    return open_source(str(source), **(defaults | settings))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Classes ant (3 blue images), bee (1) and zebra (2 red ones, a level deeper)."""
+    files = ["ant/1.png", "ant/2.png", "ant/3.png", "bee/1.png", "zebra/deeper/1.PNG", "zebra/deeper/2.png"]
+    for file in files:
+        path = tmp_path / "photos" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(Image.new("RGB", (20, 12), RED if "zebra" in file else BLUE)))
+        (path.parent / "notes.txt").write_text("left alone")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_cut_into_parts_in_order(folder: Path) -> None:
+    source = open_like_a_config(folder)
+    assert source.description == str(folder)
+    assert source.class_names == ("ant", "bee", "zebra")
+    assert source.num_parts == 2
+    parts = [list(source.samples(part)) for part in range(2)]
+    assert [[sample.label for sample in part] for part in parts] == [[0, 0, 0, 1], [2, 2]]
+    assert parts[1][0].key == str(folder / "zebra/deeper/1.PNG")
+    assert parts[1][0].read().getpixel((0, 0)) == RED
+    assert [sample.key for sample in source.samples(1)] == [sample.key for sample in parts[1]]
+
+
+def test_a_broken_image_is_found_when_it_is_read(folder: Path) -> None:
+    (folder / "bee" / "1.png").write_bytes(broken_images()["truncated.jpg"])
+    broken = list(open_like_a_config(folder).samples(0))[3]
+    with pytest.raises(BrokenImageError, match=r"bee/1.png: OSError: .* truncated"):
+        broken.read()
 
 
 def test_folder_errors_come_before_work(tmp_path: Path) -> None:
@@ -47,73 +68,40 @@ def test_folder_errors_come_before_work(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 8)
 
 
-def mean_colour(path: Path) -> tuple[int, ...]:
-    return tuple(np.asarray(read_image(path)).reshape(-1, 3).mean(0).round().astype(int))
+def test_class_names_from_a_file(folder: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("Ameise\nHonigbiene, wilde\n斑馬\n", encoding="utf-8")
+    assert open_like_a_config(folder, class_names=names).class_names == ("Ameise", "Honigbiene, wilde", "斑馬")
+    with pytest.raises(ValueError, match=r"expected 4 class names in .*names.txt.* got 3 lines, 0 of them empty"):
+        open_like_a_config(folder, class_names=names, num_classes=4)
+    names.write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match="got 3 lines, 1 of them empty"):
+        open_like_a_config(folder, class_names=names)
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"data.class_names lists 2 names, but .*photos has 3 classes"):
+        open_like_a_config(folder, class_names=names, num_classes=2)
+    with pytest.raises(ValueError, match=r"gone.txt, which is not a file"):
+        open_like_a_config(folder, class_names=tmp_path / "gone.txt")
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
-    path = tmp_path / "x.png"
-    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(path)
-    assert mean_colour(path) == (255, 204, 204)  # a fifth of red on white
-    Image.new("LA", (4, 4), (0, 0)).save(path)
-    assert mean_colour(path) == (255, 255, 255)
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, *BLUE])
-    palette.save(path)
-    assert mean_colour(path) == BLUE
-    palette.save(path, transparency=1)
-    assert mean_colour(path) == (255, 255, 255)
-    Image.new("L", (4, 4), 77).save(path)
-    assert mean_colour(path) == (77, 77, 77)
-    Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)).save(path)
-    assert mean_colour(path) == (100, 100, 100)  # 16 bits, scaled
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, format="JPEG")
-    assert mean_colour(path)[0] > 200
-    assert max(mean_colour(path)[1:]) < 60
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("photos", {"streaming": True, "split": "test"}, "data.source_split, data.streaming is for a Hugging Face"),
+        ("a.tar", {"split": "test"}, "data.source_split is for a Hugging Face"),
+        ("digits", {"image_key": "png"}, "data.image_key is for tars and Hugging Face"),
+        ("photos", {"label_key": "cls"}, "data.label_key is for tars and Hugging Face"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(source: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_like_a_config(source, **settings)
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (16, 8), RED)
-    image.paste(BLUE, (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn 90 degrees clockwise to see it upright: the left half comes to the top
-    image.save(tmp_path / "x.png", exif=exif)
-    upright = read_image(tmp_path / "x.png")
-    assert upright.size == (8, 16)
-    assert upright.getpixel((4, 2)) == BLUE
-
-
-def png_header(width: int, height: int) -> bytes:
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def test_broken_files_are_named(tmp_path: Path) -> None:
-    good = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(good, format="JPEG")
-    broken = {
-        "truncated.jpg": good.getvalue()[:-200],
-        "empty.png": b"",
-        "text.png": b"this is not an image",
-        "huge.png": png_header(30_000, 30_000),
-        "large.png": png_header(12_000, 12_000),  # Pillow only warns of this one
-    }
-    header = png_header(4, 4)
-    broken["odd.png"] = header + b"\0\0\0\0tRNS" + struct.pack(">I", zlib.crc32(b"tRNS")) + b"\0\0\0\x08IDATabc"
-    for name, content in broken.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(BrokenImageError, match=name):
-            read_image(tmp_path / name)
-
-
-def test_centre_crop() -> None:
-    ramp = np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (16, 1, 3))  # 64 x 16: the crop is columns 24 to 39
-    same = np.asarray(centre_crop(Image.fromarray(ramp), 16))
-    assert np.array_equal(same, ramp[:, 24:40])
-    quarter = np.asarray(centre_crop(Image.fromarray(ramp), 4)).astype(int)  # two box halvings: means of four columns
-    assert quarter[0, :, 0] == pytest.approx([25.5, 29.5, 33.5, 37.5], abs=1)
-    assert centre_crop(Image.new("RGB", (5, 7)), 8).size == (8, 8)
-    assert centre_crop(Image.new("RGB", (37, 91)), 12).size == (12, 12)
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    with pytest.raises(ValueError, match=rf"from 0 to 9 \(10 classes\), got {label} in a.tar/1.png"):
+        check_label(label, 10, "a.tar/1.png")
 
 
 def test_split_is_stratified_disjoint_and_fixed() -> None:

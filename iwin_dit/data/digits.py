@@ -5,6 +5,8 @@ The only file that imports scikit-learn (extra `digits`). Knows nothing of store
 
 import logging
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from .sources import split_indices
+from .sources import Sample, choose_class_names, count_parts, split_indices
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,19 @@ _KL_WEIGHT = 3e-4
 class Digits:
     """The 1,797 digits of scikit-learn (8x8, 16 grey levels) as an `ImageSource` of 32x32 RGB images.
 
-    Bright strokes on black: 255 * value / 16, enlarged bicubically, clipped to 0..255 and rounded.
+    Bright strokes on black: 255 * value / 16, enlarged bicubically, clipped to 0..255 and rounded. Unlike other sources
+    it is also a sequence of uint8 tensors (3, 32, 32), with `labels` beside it.
+
+    Args:
+        part_size: Images per part; the last part holds the rest.
+        class_names: Names by label; by default "0" to "9".
 
     Raises:
         ImportError: scikit-learn is not installed.
+        ValueError: `class_names` are not ten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part_size: int = 1797, class_names: tuple[str, ...] | None = None) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -43,8 +51,12 @@ class Digits:
         data = load_digits()
         self.description = "digits"
         self.resolution = 32
-        self.class_names = tuple(str(name) for name in data.target_names)
+        self.class_names = choose_class_names(
+            class_names, tuple(str(name) for name in data.target_names), self.description
+        )
         self.labels: list[int] = data.target.tolist()
+        self._part_size = part_size
+        self.num_parts = count_parts(len(self.labels), part_size)
         self._grey = torch.stack([_enlarge(values, self.resolution) for values in data.images])  # (1797, 32, 32) uint8
 
     def __len__(self) -> int:
@@ -52,6 +64,16 @@ class Digits:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._grey[index].expand(3, -1, -1).clone()
+
+    def samples(self, part: int) -> Iterator[Sample]:
+        """Yield the samples of one part, in scikit-learn's order."""
+        for index in range(len(self))[part * self._part_size : (part + 1) * self._part_size]:
+            yield Sample(f"digits[{index}]", self.labels[index], partial(_read, self._grey[index]))
+
+
+def _read(grey: torch.Tensor) -> Image.Image:
+    """One digit, uint8 (32, 32), as an RGB image."""
+    return Image.fromarray(grey.numpy()).convert("RGB")
 
 
 def _enlarge(values: np.ndarray, side: int) -> torch.Tensor:
@@ -69,7 +91,7 @@ def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int
 
     Args:
         digits: The data set.
-        holdout: Held-out images, as for `split_indices`; the same value belongs in `write_latents`.
+        holdout: Held-out images, as for `split_indices`; those of the latents must be the same.
         seed: Key of the split, the initialisation, the batches and the noise; the global generator is left alone.
         steps: Optimizer steps.
 

@@ -1,144 +1,221 @@
 """Image sources: what an image data set is to this project, the folder of class folders, and the held-out split.
 
-An image leaves a source as a uint8 tensor (3, R, R), square, RGB; R is the source's resolution. Nothing here knows of
-latents, VAEs or models. Letters: R image side, N number of images.
+A source knows where images and labels come from, in which parts and which order; it decodes nothing before it is asked
+to and nothing here knows of sizes, latents, VAEs or models. The other sources (`digits`, `webdataset`, `huggingface`)
+build on this file; `open_source` alone looks back at them. Letter: N number of images.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets.folder import find_classes, make_dataset
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders Pillow may try: the rare ones are where its holes are
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from .images import EXTENSIONS, read_image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image, not yet decoded.
+
+    Args:
+        key: Names the image in messages: a path, a tar and its member, or the row of a data set.
+        label: Its class, from 0.
+        read: Decodes it: upright, RGB, any size. Holds the file's content or path and nothing else, may be called in
+            another thread, and raises `BrokenImageError` for an image that cannot be decoded.
+    """
+
+    key: str
+    label: int
+    read: Callable[[], Image.Image]
 
 
 class ImageSource(Protocol):
-    """A labelled image data set with random access."""
+    """A labelled image data set in parts, which are the units of work: any process can do any of them."""
 
     @property
     def description(self) -> str:
         """Where the images come from: `data.source` as the user gives it."""
 
     @property
-    def resolution(self) -> int:
-        """Side R of the images."""
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Names by label."""
 
     @property
-    def labels(self) -> Sequence[int]:
-        """Class of each image, N values."""
+    def num_parts(self) -> int:
+        """Count the parts, at least 1."""
 
-    def __len__(self) -> int:
-        """Count the images, broken ones included."""
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Read one image, uint8 (3, R, R); raises `BrokenImageError` where that fails."""
-
-
-class BrokenImageError(ValueError):
-    """An image that cannot be decoded; the message names the file. The reader decides how many of them to skip."""
+    def samples(self, part: int) -> Iterator[Sample]:
+        """Yield the samples of one part: always the same ones in the same order, labels in range."""
 
 
 class ImageFolder:
     """A folder of class folders of images: `root/<class name>/**/*.png`.
 
-    Class names are the folders' names in sorted order. Files that are not named as images are left alone. For what
-    becomes of an image see `to_rgb` and `centre_crop`.
+    Labels number the class folders in sorted order. Files that are not named as images are left alone.
 
     Args:
         root: The folder that holds the class folders.
-        resolution: Side R of the images that come out.
+        part_size: Images per part; the last part holds the rest.
+        class_names: Names by label; by default those of the folders.
 
     Raises:
-        ValueError: The folder is missing, has no class folders, or a class folder has no images.
+        ValueError: The folder is missing, has no class folders or more or fewer than `class_names`, or a class folder
+            has no images.
     """
 
-    def __init__(self, root: Path, resolution: int) -> None:
+    def __init__(self, root: Path, part_size: int, class_names: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
             raise ValueError(f"expected a folder of class folders, got {root}, which is not a folder")
         if not any(entry.is_dir() for entry in root.iterdir()):
             raise ValueError(f"expected class folders in {root} (root/<class name>/image.png), found no folder there")
         names, class_to_index = find_classes(str(root))
-        samples = make_dataset(str(root), class_to_index, extensions=_EXTENSIONS, allow_empty=True)
-        empty = sorted(set(range(len(names))) - {label for _, label in samples})
+        self._samples = make_dataset(str(root), class_to_index, extensions=EXTENSIONS, allow_empty=True)
+        empty = sorted(set(range(len(names))) - {label for _, label in self._samples})
         if empty:
             raise ValueError(
-                f"no images ({', '.join(_EXTENSIONS)}) in these class folders of {root}: "
+                f"no images ({', '.join(EXTENSIONS)}) in these class folders of {root}: "
                 f"{', '.join(names[label] for label in empty)}; fill or remove them"
             )
         self.description = str(root)
-        self.resolution = resolution
-        self.class_names = tuple(names)
-        self.paths = [Path(path) for path, _ in samples]
-        self.labels = [label for _, label in samples]
+        self.class_names = choose_class_names(class_names, tuple(names), self.description)
+        self._part_size = part_size
+        self.num_parts = count_parts(len(self._samples), part_size)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = centre_crop(read_image(self.paths[index]), self.resolution)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def samples(self, part: int) -> Iterator[Sample]:
+        """Yield the samples of one part, in the order of class and path."""
+        for path, label in self._samples[part * self._part_size : (part + 1) * self._part_size]:
+            yield Sample(path, label, partial(read_image, Path(path), path))
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read one image file as RGB.
+def open_source(
+    source: str,
+    *,
+    split: str,
+    streaming: bool,
+    image_key: str | None,
+    label_key: str | None,
+    class_names: Path | None,
+    num_classes: int,
+    part_size: int,
+) -> ImageSource:
+    """Open an image source by what the user calls it (`data.source`).
 
     Args:
-        path: A PNG, JPEG, WEBP or BMP file, whatever its name says; of an animation, the first frame.
+        source: "digits"; a folder of class folders; WebDataset tars as "a.tar", "{00000..00099}.tar" or "*.tar"; or
+            "hf:" with the name or folder of a Hugging Face data set.
+        split: Split of a Hugging Face data set; "train" for the other sources, which have none.
+        streaming: Read a Hugging Face data set as it comes, instead of downloading it first.
+        image_key: Image column of a Hugging Face data set (default "image"), or extension of the images in the tars
+            (default: any image extension).
+        label_key: Label column of a Hugging Face data set (default "label"), or extension of the labels in the tars
+            (default "cls").
+        class_names: A text file, a name a line in the order of the labels; by default the names that the source knows,
+            else the labels as text.
+        num_classes: Number of classes: of the names in `class_names`, and of a source that does not know its own.
+        part_size: Images per part of a source with random access; a tar and a streamed file are a part each.
 
     Returns:
-        The RGB image, upright (EXIF orientation applied).
+        The source.
 
     Raises:
-        BrokenImageError: Not such a file, truncated, or larger than Pillow's pixel limit (about 89 million).
+        ValueError: It cannot be opened, does not fit `class_names`, or an argument does not apply to it.
+        ImportError: It needs a package that is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # on damaged files Pillow raises nearly anything: TypeError, SyntaxError, struct.error
-        raise BrokenImageError(f"{path}: {type(error).__name__}: {error}") from error
+    names = None if class_names is None else read_class_names(class_names, num_classes)
+    # Imported where they are used: they build on this file, and bring packages that the other sources do not need.
+    if source.startswith("hf:"):
+        from .huggingface import HuggingFaceSource
+
+        return HuggingFaceSource(
+            source.removeprefix("hf:"),
+            split=split,
+            streaming=streaming,
+            image_key=image_key or "image",
+            label_key=label_key or "label",
+            class_names=names,
+            num_classes=num_classes,
+            part_size=part_size,
+        )
+    _refuse("a Hugging Face data set (hf:...)", source, {"source_split": split != "train", "streaming": streaming})
+    if source.endswith(".tar"):
+        from .webdataset import WebDataset
+
+        return WebDataset(
+            source,
+            image_extension=image_key,
+            label_extension=label_key or "cls",
+            class_names=names or number_names(num_classes),
+        )
+    keys = {"image_key": image_key is not None, "label_key": label_key is not None}
+    _refuse("tars and Hugging Face data sets", source, keys)
+    if source == "digits":
+        from .digits import Digits
+
+        return Digits(part_size, names)
+    return ImageFolder(Path(source), part_size, names)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: transparency is composited on white, 16-bit grey is scaled to 8 bits (not clipped)."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def _refuse(where: str, source: str, given: dict[str, bool]) -> None:
+    """Raise a ValueError that names the settings that are given and would be ignored."""
+    settings = [f"data.{name}" for name, is_given in given.items() if is_given]
+    if settings:
+        raise ValueError(f"{', '.join(settings)} is for {where} alone, not for data.source {source!r}; leave it out")
 
 
-def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize the short side to `resolution` and cut the central square, as ADM's data loader does (arXiv 2105.05233).
+def count_parts(size: int, part_size: int) -> int:
+    """Number of parts that `size` images make, `part_size` in all but the last."""
+    return -(-size // part_size)
 
-    The image is halved with a box filter while its short side is at least twice the target, which avoids aliasing, then
-    resized bicubically.
+
+def read_class_names(file: Path, num_classes: int) -> tuple[str, ...]:
+    """Read a text file of class names, a name a line in the order of the labels.
 
     Args:
-        image: An RGB image of any size; a smaller one is enlarged.
-        resolution: Side R of the result.
+        file: The text file, UTF-8.
+        num_classes: How many names it must hold.
 
     Returns:
-        An RGB image of R x R pixels.
+        The names.
+
+    Raises:
+        ValueError: The file is missing, holds an empty line, or does not hold `num_classes` names.
     """
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    if not file.is_file():
+        raise ValueError(f"expected a text file of class names, got {file}, which is not a file")
+    names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    if len(names) != num_classes or not all(names):
+        raise ValueError(
+            f"expected {num_classes} class names in {file}, one a line and no empty line; "
+            f"got {len(names)} lines, {names.count('')} of them empty"
+        )
+    return names
+
+
+def number_names(num_classes: int) -> tuple[str, ...]:
+    """Class names where nobody knows any: the labels as text."""
+    return tuple(str(label) for label in range(num_classes))
+
+
+def choose_class_names(given: tuple[str, ...] | None, known: tuple[str, ...], source: str) -> tuple[str, ...]:
+    """The names from the user's file, else those that the source knows; a ValueError if their numbers differ."""
+    if given is not None and len(given) != len(known):
+        raise ValueError(f"data.class_names lists {len(given)} names, but {source} has {len(known)} classes")
+    return known if given is None else given
+
+
+def check_label(label: int, num_classes: int, key: str) -> int:
+    """Return the label, or raise a ValueError that names the sample if it is not one of `num_classes` classes."""
+    if not 0 <= label < num_classes:
+        raise ValueError(
+            f"expected a label from 0 to {num_classes - 1} ({num_classes} classes), got {label} in {key}; "
+            "mend the data or the number of classes"
+        )
+    return label
 
 
 def keyed_permutation(size: int, *key: int) -> np.ndarray:
@@ -157,7 +234,7 @@ def keyed_permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(key).random_raw(size), kind="stable")
 
 
-def split_indices(labels: Sequence[int], holdout: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(labels: Sequence[int] | np.ndarray, holdout: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a data set into training and held-out images, the same share of every class.
 
     The one rule that VAE, latents and evaluation share, so that "held out" means the same images everywhere.
