@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from iwin_dit.data.codec import LatentCodec
-from iwin_dit.data.digits import Digits
-from iwin_dit.data.latents import LatentDataset, write_latents
-from iwin_dit.data.prepare import prepare_latents
+from iwin_dit.data.latents import LatentDataset, LatentStore
+from iwin_dit.training.config import parse_config
+from iwin_dit.training.data import open_codec, open_extraction
 from tests.tools import tiny_vae
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
 
 
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory) -> Path:
-    """A folder with `vae` (random weights, stride 4) and `latents` of the digits."""
+    """A folder with `vae` (random weights, stride 4) and `latents` of the digits, as configs/digits.yaml wants them."""
     folder = tmp_path_factory.mktemp("digits")
     vae = tiny_vae(
         block_out_channels=(8,) * 3,
@@ -23,24 +25,15 @@ def digits_folder(tmp_path_factory) -> Path:
     )
     vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
     vae.save_pretrained(folder / "vae")
-    write_latents(
-        Digits(), LatentCodec(vae), folder / "latents", vae_id=str(folder / "vae"), holdout=300, seed=0, batch_size=256
-    )
+    arguments = ["--config", str(DIGITS), "--data.vae", str(folder / "vae"), "--data.latents", str(folder / "latents")]
+    config = parse_config([*arguments, "--data.encode_batch_size", "256"])
+    open_extraction(config, config.build_model(), open_codec(config.data, torch.device("cpu"))).run()
     return folder
 
 
 @pytest.fixture(scope="session")
 def digits_data(digits_folder) -> tuple[LatentCodec, LatentDataset, LatentDataset]:
     """Codec, training and held-out latents, opened as training opens them."""
-    return prepare_latents(
-        "digits",
-        str(digits_folder / "vae"),
-        str(digits_folder / "latents"),
-        resolution=32,
-        holdout=300,
-        seed=0,
-        batch_size=256,
-        max_broken=0,
-        model_sizes={"latent_channels": 4, "sample_size": (8, 8), "num_classes": 10},
-        device=torch.device("cpu"),
-    )
+    data = parse_config(["--config", str(DIGITS), "--data.vae", str(digits_folder / "vae")]).data
+    train, held_out = LatentStore(digits_folder / "latents").split(data.holdout, data.split_seed)
+    return open_codec(data, torch.device("cpu")), train, held_out

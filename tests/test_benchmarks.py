@@ -1,14 +1,15 @@
-"""The benchmark's sides agree, its counts are right and its command line works; nothing here is timed."""
+"""The benchmarks' sides agree, their counts are right and their command lines work; nothing here is timed."""
 
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import block
+from benchmarks import block, data
 from benchmarks.measure import peak_memory, quartiles, time_interleaved
 
 CPU = torch.device("cpu")
@@ -137,6 +138,24 @@ def test_mistaken_commands(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the memory of this process")
+def test_data_command(tmp_path, capsys):
+    out, threads = tmp_path / "run.json", torch.get_num_threads()
+    sizes = ["--items", "64", "--batch", "4", "--batches", "2", "--repeats", "1", "--reads", "500", "--threads", "1"]
+    data.main([*sizes, "--posterior", "mean_std", "--out", str(out)])
+    torch.set_num_threads(threads)
+    record = json.loads(out.read_text())
+    assert [(row["what"], row["workers"]) for row in record["rows"]] == [
+        *(("read", 0), ("read", 2), ("training", 0), ("training", 2)),
+    ]
+    assert all(row["latents_per_second"][0] > 0 for row in record["rows"])
+    assert record["anonymous_memory"]["reads"] == 500
+    assert capsys.readouterr().out.strip() == data.table(record)
+    with pytest.raises(SystemExit):
+        data.main(["--items", "0"])
+    assert "--items: expected a positive integer, got 0" in capsys.readouterr().err
+
+
 def test_the_page_shows_the_stored_run():
     """Commands on the page parse, and its tables are those of the JSON files beside the benchmark."""
     text = PAGE.read_text()
@@ -144,7 +163,7 @@ def test_the_page_shows_the_stored_run():
     assert commands
     for arguments in commands:
         block.build_parser().parse_args(shlex.split(arguments, comments=True))
-    results = sorted((PAGE.parents[1] / "benchmarks" / "results").glob("*.json"))
+    results = sorted((PAGE.parents[1] / "benchmarks" / "results").glob("cpu-*.json"))
     assert results
     for path in results:
         assert block.table(json.loads(path.read_text())["rows"]) in text

@@ -92,16 +92,22 @@ def test_round_trip(name: str) -> None:
         torch.testing.assert_close(codec.decode(model), vae.decode(own).sample, atol=1e-4, rtol=1e-4)
 
 
-def test_posterior_sample_is_keyed_by_the_generator() -> None:
-    codec = LatentCodec(kl())
-    pixels = torch.zeros(1, 3, 8, 8)
-    draw = [codec.encode(pixels, torch.Generator().manual_seed(seed), sample_posterior=True) for seed in (1, 1, 2)]
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
-    with pytest.raises(ValueError, match="sample_posterior=True"):
-        codec.encode(pixels, torch.Generator())
-    with pytest.raises(ValueError, match="AutoencoderTiny has no posterior"):
-        LatentCodec(tiny()).encode(pixels, sample_posterior=True)
+@pytest.mark.parametrize("name", ["kl-scale", "flux2"])
+def test_posterior(name: str) -> None:
+    torch.manual_seed(0)
+    vae = VAES[name][0]().eval()
+    codec = LatentCodec(vae)
+    pixels = torch.rand(2, 3, 8, 16) * 2 - 1
+    mean, std = codec.encode_posterior(pixels)
+    assert torch.equal(mean, codec.encode(pixels))
+    with torch.no_grad():
+        own = vae.encode(pixels).latent_dist.std
+    assert torch.equal(std, torch.nn.functional.pixel_unshuffle(own, 2) if name == "flux2" else own)
+
+
+def test_vae_without_a_posterior() -> None:
+    with pytest.raises(ValueError, match=r"AutoencoderTiny has no posterior to sample from; set data.posterior: mean"):
+        LatentCodec(tiny()).encode_posterior(torch.zeros(1, 3, 8, 8))
 
 
 def test_given_statistics() -> None:
@@ -142,3 +148,11 @@ def test_fingerprint_sees_weights_and_statistics(tmp_path: object) -> None:
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1
     assert LatentCodec(vae).fingerprint() != fingerprint
+
+
+def test_config_fingerprint_forgets_where_the_vae_came_from(tmp_path: object) -> None:
+    vae = kl()
+    vae.save_pretrained(tmp_path)
+    fingerprint = LatentCodec(vae).config_fingerprint()
+    assert LatentCodec(AutoencoderKL.from_pretrained(tmp_path)).config_fingerprint() == fingerprint
+    assert LatentCodec(kl(scaling_factor=0.5)).config_fingerprint() != fingerprint

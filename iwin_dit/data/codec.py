@@ -1,16 +1,18 @@
 """The one latent codec: pixels to stored latents to model latents and back, for any diffusers image VAE.
 
-*Stored latents* are what the encoder gives (posterior mean or a sample) and what lies on disk; *model latents* are the
+*Stored latents* are what the encoder gives (posterior mean, or a sample) and what lies on disk; *model latents* are the
 same, normalised, and what the transformer sees. Owns where each VAE class keeps its statistics; knows nothing of
 models, pipelines or files. Letters: B batch, C latent channels, H W pixels, h w latent cells.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from diffusers.utils import BaseOutput
 
 
 class LatentCodec:
@@ -55,37 +57,51 @@ class LatentCodec:
         self.std = torch.tensor(std, dtype=torch.float32)  # (C,)
 
     @torch.no_grad()
-    def encode(
-        self, pixels: torch.Tensor, generator: torch.Generator | None = None, sample_posterior: bool = False
-    ) -> torch.Tensor:
-        """Encode pixels to stored latents.
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels to stored latents: the posterior's mean, or all there is where the VAE has no posterior.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1], H and W divisible by `stride`, on the VAE's device.
-            generator: Source of the posterior's noise; only with `sample_posterior`.
-            sample_posterior: Draw from the posterior instead of taking its mean.
 
         Returns:
             Stored latents (B, C, H / stride, W / stride), float32.
 
         Raises:
-            ValueError: Wrong shape, a generator without `sample_posterior`, or a posterior sample of a VAE without one.
+            ValueError: Wrong shape.
         """
+        encoded = self._encoded(pixels)
+        if "latent_dist" in encoded:
+            latents = encoded.latent_dist.mean
+        else:  # AutoencoderDC says `latent`, AutoencoderTiny and VQModel `latents`
+            latents = encoded.latent if "latent" in encoded else encoded.latents
+        return F.pixel_unshuffle(latents, self._patch).float()
+
+    @torch.no_grad()
+    def encode_posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode pixels to the posterior of the stored latents, a normal distribution without covariances.
+
+        Args:
+            pixels: As for `encode`.
+
+        Returns:
+            Mean and standard deviation, each (B, C, H / stride, W / stride), float32.
+
+        Raises:
+            ValueError: Wrong shape, or the VAE has no posterior.
+        """
+        encoded = self._encoded(pixels)
+        if "latent_dist" not in encoded:
+            raise ValueError(f"{type(self.vae).__name__} has no posterior to sample from; set data.posterior: mean")
+        posterior = encoded.latent_dist
+        mean, std = (F.pixel_unshuffle(part, self._patch).float() for part in (posterior.mean, posterior.std))
+        return mean, std
+
+    def _encoded(self, pixels: torch.Tensor) -> BaseOutput:
         if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % self.stride for side in pixels.shape[-2:]):
             raise ValueError(
                 f"expected pixels (B, 3, H, W), sides divisible by {self.stride}, got {tuple(pixels.shape)}"
             )
-        if generator is not None and not sample_posterior:
-            raise ValueError("a generator was given, but the posterior mean is not random; set sample_posterior=True")
-        encoded = self.vae.encode(pixels.to(self.vae.dtype))
-        if "latent_dist" in encoded:
-            posterior = encoded.latent_dist
-            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        elif sample_posterior:
-            raise ValueError(f"{type(self.vae).__name__} has no posterior to sample; set sample_posterior=False")
-        else:  # AutoencoderDC says `latent`, AutoencoderTiny and VQModel `latents`
-            latents = encoded.latent if "latent" in encoded else encoded.latents
-        return F.pixel_unshuffle(latents, self._patch).float()
+        return self.vae.encode(pixels.to(self.vae.dtype))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -129,6 +145,11 @@ class LatentCodec:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def config_fingerprint(self) -> str:
+        """sha256, in hex, of the VAE's config without the fields that say where and by what it was saved."""
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _on(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

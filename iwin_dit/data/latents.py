@@ -1,360 +1,198 @@
-"""Stored latents: a folder of safetensors shards and a manifest, its writer, its reader, and the order of an epoch.
+"""Reading stored latents: the shards of a folder or of one share of it, memory-mapped, and the order of an epoch.
 
-Owns the format. The manifest lists every shard with its count and sha256, so that more shards per split, and more
-tensors per shard, fit in. Knows nothing of models (they say their sizes to `check_fits`) and of training state, which
-is one integer: the global sample position. Letters: B batch, C latent channels, h w latent cells, N images of a split.
+Knows nothing of how latents are made, of models (they say their sizes to `check_fits`) and of training state, which is
+one integer: the global sample position. Letters: B batch, C latent channels, h w latent cells, N images, V views and
+P parts of a posterior as in `manifest`.
 """
 
-import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import itertools
-import json
-import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import load_file
 
-from .codec import LatentCodec
-from .sources import BrokenImageError, ImageSource, keyed_permutation, split_indices
+from .manifest import DTYPES, LABELS, Manifest, Shard, sha256
+from .sources import keyed_permutation, split_indices
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+_HASH_THREADS = 4
+_Tensors = dict[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and the shape of one image, by name
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One safetensors file: `latents` (count, C, h, w) float32, raw stored latents, and `labels` (count,) int64.
+class LatentStore:
+    """A folder of latents, opened for reading; only the files of one share need to lie there.
 
-    Attributes:
-        file: Its name in the folder.
-        count: Images in it.
-        sha256: Of the file, in hex.
-    """
-
-    file: str
-    count: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split, `train` or `val`.
-
-    Attributes:
-        class_counts: Images stored per class, by label.
-        shards: Its files, in the order of the split's indices.
-    """
-
-    class_counts: tuple[int, ...]
-    shards: tuple[Shard, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of images stored."""
-        return sum(shard.count for shard in self.shards)
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a folder of latents holds and what made it.
-
-    Attributes:
-        format_version: Of the folder; another one is refused.
-        source: Where the images came from: "digits", or the folder as the writer was given it.
-        class_names: Names by label.
-        resolution: Side of the images, in pixels.
-        latent_shape: (C, h, w).
-        dtype: Of the latents on disk.
-        vae_id: The folder or Hub id of the VAE.
-        vae_sha256: `LatentCodec.fingerprint` of the VAE.
-        holdout: Argument of `split_indices`.
-        seed: Argument of `split_indices`.
-        model_mean: C means of the *model* latents of the training split: about 0 if the VAE's statistics suit the data.
-        model_std: C standard deviations of the same; about 1.
-        broken: The images that were skipped; every count in the manifest is of what is stored.
-        packages: Versions of what decoded and encoded.
-        splits: By name, `train` and `val`.
-    """
-
-    format_version: int
-    source: str
-    class_names: tuple[str, ...]
-    resolution: int
-    latent_shape: tuple[int, int, int]
-    dtype: str
-    vae_id: str
-    vae_sha256: str
-    holdout: float | int
-    seed: int
-    model_mean: tuple[float, ...]
-    model_std: tuple[float, ...]
-    broken: tuple[str, ...]
-    packages: dict[str, str]
-    splits: dict[str, Split]
-
-    def save(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`."""
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Manifest":
-        """Read `manifest.json` of `folder`.
-
-        Args:
-            folder: A folder that `write_latents` made.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            ValueError: The file is missing, not JSON, of another format version, or has missing or unknown fields.
-        """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise ValueError(
-                f"expected a folder of latents, got {folder}, which has no {MANIFEST} (an unfinished one?)"
-            )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"expected format version {FORMAT_VERSION}, got {data['format_version']}")
-            splits = {
-                name: Split(tuple(split["class_counts"]), tuple(Shard(**shard) for shard in split["shards"]))
-                for name, split in data.pop("splits").items()
-            }
-            lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-            return cls(**{**data, **lists, "splits": splits})
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not a manifest of this version: {type(error).__name__}: {error}") from error
-
-
-def write_latents(
-    source: ImageSource,
-    codec: LatentCodec,
-    out: Path,
-    *,
-    vae_id: str,
-    holdout: float | int,
-    seed: int,
-    batch_size: int = 64,
-    max_broken: int = 0,
-    shard_size: int = 65_536,
-) -> Manifest:
-    """Encode a data set (posterior means) and write it as a folder of latents, which appears whole or not at all.
+    Shards stay memory-mapped, and a pickled store reopens them: neither worker processes nor their start copy latents.
 
     Args:
-        source: The images.
-        codec: Encodes them, on the device of its VAE.
-        out: The folder to make; it may exist only if it is empty.
-        vae_id: Where the VAE can be found again (a folder or a Hub id); recorded.
-        holdout: Held-out images, as for `split_indices`; they become the split `val`, the rest `train`.
-        seed: Key of the split.
-        batch_size: Images per encoder call.
-        max_broken: How many unreadable images are skipped (named in the log and the manifest) before giving up.
-        shard_size: Images per file, at most; also what is held in memory.
-
-    Returns:
-        The manifest that was written.
+        path: A folder that `Extraction` made.
+        share: Which share of the shards to read: those whose number is `share` modulo `shares`.
+        shares: How many shares there are.
+        verify: Read every shard of the share once, to check its sha256; else only size and header are checked.
 
     Raises:
-        ValueError: `out` is not empty, more than `max_broken` images are broken, a source's image has another size than
-            it says, or a latent is NaN or infinite.
+        ValueError: No manifest, no such share, or files that are missing or differ from the manifest (all are listed).
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"expected a new or empty folder for the latents, got {out}; remove it or name another one")
-    encoder = _Encoder(source, codec, batch_size, max_broken)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        splits = {
-            name: _write_split(partial, name, indices, encoder, shard_size)
-            for name, indices in zip(("train", "val"), split_indices(source.labels, holdout, seed), strict=True)
+
+    def __init__(self, path: Path, share: int = 0, shares: int = 1, verify: bool = True) -> None:
+        self.path, self.share, self.shares = path, share, shares
+        self.manifest = Manifest.load(path)
+        numbers = self.manifest.share_of(share, shares)
+        _check_files(path, self.manifest, share, shares, verify)
+        self.labels = load_file(path / LABELS)["labels"]  # (N,) int64, of all shares
+        self.ends = np.cumsum([shard.count for shard in self.manifest.shards])  # of the shards, in images
+        # (count, V, bytes of P * C * h * w numbers) by shard number. As bytes, numpy copies a row in about 1 us in any
+        # dtype; a gather of torch's costs as much per row and 10 us for each shard that a batch touches.
+        self._rows = {
+            number: load_file(path / self.manifest.shards[number].file)["latents"].view(torch.uint8).flatten(2).numpy()
+            for number in numbers
         }
-        mean, std = _model_statistics(partial, splits["train"], codec)
-        side = source.resolution // codec.stride
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            source=source.description,
-            class_names=source.class_names,
-            resolution=source.resolution,
-            latent_shape=(codec.latent_channels, side, side),
-            dtype="float32",
-            vae_id=vae_id,
-            vae_sha256=codec.fingerprint(),
-            holdout=holdout,
-            seed=seed,
-            model_mean=mean,
-            model_std=std,
-            broken=tuple(encoder.broken),
-            packages={name: importlib.metadata.version(name) for name in ("diffusers", "numpy", "pillow", "torch")},
-            splits=splits,
-        )
-        manifest.save(partial)
-        partial.replace(out)
-    except BaseException:  # Ctrl-C too: nothing half-made stays beside `out`
-        shutil.rmtree(partial)
-        raise
-    return manifest
 
+    def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, int, int, bool]]:
+        return LatentStore, (self.path, self.share, self.shares, False)
 
-class _Encoder:
-    """A source read through a codec, in batches; `broken` collects the images that could not be read."""
+    def split(self, holdout: float | int, seed: int) -> tuple["LatentDataset", "LatentDataset"]:
+        """Open the training and the held-out images that lie in this share.
 
-    def __init__(self, source: ImageSource, codec: LatentCodec, batch_size: int, max_broken: int) -> None:
-        self.source, self.codec, self.batch_size, self.max_broken = source, codec, batch_size, max_broken
-        self.broken: list[str] = []
+        Args:
+            holdout: Held-out images of all shares, as for `split_indices`.
+            seed: Key of the split.
 
-    def batches(self, indices: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield stored latents (B, C, h, w) float32 and labels (B,) int64 of the readable images of `indices`."""
-        readable = self._read(indices)
-        while batch := list(itertools.islice(readable, self.batch_size)):
-            numbers, images = zip(*batch, strict=True)
-            pixels = torch.stack(images).to(self.codec.vae.device) / 127.5 - 1
-            latents = self.codec.encode(pixels).cpu()
-            if not latents.isfinite().all():
-                raise ValueError(
-                    f"the VAE (in {self.codec.vae.dtype}) gave NaN or infinite latents for some of the images "
-                    f"{numbers[0]} to {numbers[-1]}; float32 usually helps"
-                )
-            yield latents, torch.tensor([self.source.labels[number] for number in numbers])
+        Returns:
+            Both; the held-out one can be empty where there are many shares and few held-out images.
 
-    def _read(self, indices: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for index in indices:
-            try:
-                image = self.source[index]
-            except BrokenImageError as error:
-                self.broken.append(str(error))
-                logger.warning("skipped a broken image (%d so far): %s", len(self.broken), error)
-                if len(self.broken) > self.max_broken:
-                    listed = "\n  ".join(self.broken)
-                    raise ValueError(
-                        f"{len(self.broken)} broken images, max_broken is {self.max_broken}; mend or remove them, or "
-                        f"raise the limit:\n  {listed}"
-                    ) from error
-            else:
-                yield index, image
+        Raises:
+            ValueError: `holdout` is out of range.
+        """
+        here = np.zeros(len(self.labels), dtype=bool)
+        for number in self._rows:
+            here[self.ends[number] - self.manifest.shards[number].count : self.ends[number]] = True
+        train, held_out = split_indices(self.labels.numpy(), holdout, seed)
+        return LatentDataset(self, train[here[train]]), LatentDataset(self, held_out[here[held_out]])
 
+    def read(self, images: np.ndarray, views: np.ndarray, parts: int) -> torch.Tensor:
+        """Copy stored latents out of the shards.
 
-def _write_split(folder: Path, name: str, indices: np.ndarray, encoder: _Encoder, shard_size: int) -> Split:
-    """Encode the images of `indices` into `<name>-00000.safetensors` and so on, `shard_size` images to a file."""
-    shards: list[Shard] = []
-    class_counts = torch.zeros(len(encoder.source.class_names), dtype=torch.int64)
-    stream = iter(tqdm(indices.tolist(), desc=f"latents {name}", unit="image"))
-    for _ in range(0, len(indices), shard_size):
-        batches = list(encoder.batches(itertools.islice(stream, shard_size)))
-        if not batches:  # every image of this shard is broken
-            continue
-        latents, labels = (torch.cat(tensors).contiguous() for tensors in zip(*batches, strict=True))
-        class_counts += labels.bincount(minlength=len(class_counts))
-        path = folder / f"{name}-{len(shards):05d}.safetensors"
-        save_file({"latents": latents, "labels": labels}, path)
-        shards.append(Shard(path.name, len(labels), _sha256(path)))
-    if not shards:
-        raise ValueError(f"none of the {len(indices)} images of the split {name!r} can be read; see the log")
-    return Split(tuple(class_counts.tolist()), tuple(shards))
+        Args:
+            images: (B,) int64, numbers of images of this share, counted over all shards.
+            views: (B,) integers below V.
+            parts: How many of the P parts, from the first.
 
+        Returns:
+            Stored latents (B, parts, C, h, w), float32.
 
-def _model_statistics(folder: Path, split: Split, codec: LatentCodec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of the model latents of a split, in float64, shard by shard."""
-    moments = torch.zeros(3, codec.latent_channels, dtype=torch.float64)  # number, sum, sum of squares
-    for shard in split.shards:
-        latents = codec.normalize(load_file(folder / shard.file)["latents"]).double().transpose(0, 1).flatten(1)
-        moments += torch.stack([torch.ones_like(latents), latents, latents.square()]).sum(dim=2)
-    mean = moments[1] / moments[0]
-    std = (moments[2] / moments[0] - mean.square()).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        Raises:
+            ValueError: A number is NaN or infinite, which no writer of ours stores.
+        """
+        dtype, shape = DTYPES[self.manifest.dtype][0], (len(images), parts, *self.manifest.latent_shape)
+        buffer = np.empty((len(images), int(np.prod(shape[1:])) * dtype.itemsize), dtype=np.uint8)
+        shards = np.searchsorted(self.ends, images, side="right")
+        rows = images - self.ends[shards]  # negative: counted from the end of the shard
+        for out, shard, row, view in zip(buffer, shards.tolist(), rows.tolist(), views.tolist(), strict=True):
+            out[:] = self._rows[shard][row, view, : buffer.shape[1]]
+        latents = torch.from_numpy(buffer).view(dtype).view(shape).float()
+        if not all(bound.isfinite() for bound in latents.aminmax()):
+            broken = np.flatnonzero(~latents.isfinite().flatten(1).all(dim=1).numpy())
+            places = [f"{self.manifest.shards[shards[i]].file}: latents of image {images[i]}" for i in broken]
+            raise ValueError(f"expected finite latents in {self.path}, got NaN or infinity:\n  " + "\n  ".join(places))
+        return latents
 
 
 class LatentDataset:
-    """One split of a folder of latents, with random access; the latents stay memory-mapped on disk.
+    """Some of the images of a store, such as one side of a split, with random access.
 
     Args:
-        path: A folder that `write_latents` made.
-        split: `train` or `val`.
-        verify: Read every shard of the split once, to check its sha256; else only its size and header are checked.
-
-    Raises:
-        ValueError: No manifest, no such split, or shards that differ from the manifest (each problem is listed).
+        store: Where they lie.
+        images: (N,) int64, their numbers in the store, all of its share.
     """
 
-    def __init__(self, path: Path, split: str, verify: bool = True) -> None:
-        self.manifest = Manifest.load(path)
-        if split not in self.manifest.splits:
-            raise ValueError(f"expected a split of {sorted(self.manifest.splits)}, got {split!r} for {path}")
-        shards = self.manifest.splits[split].shards
-        problems = [problem for shard in shards for problem in _shard_problems(path, shard, self.manifest, verify)]
-        if problems:
-            raise ValueError(f"{path} does not hold what its manifest says; make it again:\n  " + "\n  ".join(problems))
-        tensors = [load_file(path / shard.file) for shard in shards]
-        self._latents = [shard["latents"] for shard in tensors]
-        self.labels = torch.cat([shard["labels"] for shard in tensors])  # (N,) int64
-        self._ends = np.cumsum([shard.count for shard in shards])
+    def __init__(self, store: LatentStore, images: np.ndarray) -> None:
+        self.store, self.images = store, images
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
-    def get(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the store."""
+        return self.store.manifest
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Labels (N,) int64."""
+        return self.store.labels[torch.from_numpy(self.images)]
+
+    def get(
+        self, indices: npt.ArrayLike, flips: torch.Tensor | None = None, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a batch.
 
         Args:
             indices: B integers from 0 to N - 1, in any order, repeated or not.
+            flips: (B,) booleans, which images to read mirrored; none by default.
+            noise: (B, C, h, w) standard normal, to draw from the posterior with; its mean by default. Only for
+                posterior "mean_std".
 
         Returns:
             Stored latents (B, C, h, w) float32 and labels (B,) int64, in the order of `indices`.
 
         Raises:
             IndexError: An index is out of range.
+            ValueError: No mirror images or no standard deviations are stored, or a latent is not finite.
         """
         chosen = np.asarray(indices, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(self))).any():
             raise IndexError(f"expected indices from 0 to {len(self) - 1}, got {chosen.min()} to {chosen.max()}")
-        latents = torch.empty(len(chosen), *self.manifest.latent_shape)
-        owner = np.searchsorted(self._ends, chosen, side="right")  # the shard of each index
-        for number in np.unique(owner).tolist():
-            rows = np.flatnonzero(owner == number)
-            start = self._ends[number] - len(self._latents[number])
-            latents[torch.from_numpy(rows)] = self._latents[number][torch.from_numpy(chosen[rows] - start)]
-        return latents, self.labels[torch.from_numpy(chosen)]
+        if flips is not None and not self.manifest.flips:
+            raise ValueError(f"{self.store.path} holds no mirror images: extract again with data.flips: true")
+        if noise is not None and self.manifest.posterior != "mean_std":
+            raise ValueError(
+                f"noise needs a posterior of mean and deviation, got data.posterior {self.manifest.posterior!r} in "
+                f"{self.store.path}: extract again with mean_std"
+            )
+        images = self.images[chosen]
+        views = np.zeros(len(chosen), dtype=np.int64) if flips is None else flips.long().numpy()
+        stored = self.store.read(images, views, parts=1 if noise is None else 2)
+        latents = stored[:, 0] if noise is None else torch.addcmul(stored[:, 0], stored[:, 1], noise)
+        return latents, self.store.labels[torch.from_numpy(images)]
 
 
-def _shard_problems(folder: Path, shard: Shard, manifest: Manifest, verify: bool) -> list[str]:
-    """What is wrong with a shard's file, checked in an order in which no damaged data is interpreted."""
+def _check_files(folder: Path, manifest: Manifest, share: int, shares: int, verify: bool) -> None:
+    """Raise a ValueError that lists what a share lacks, or else what differs from the manifest."""
+    missing = [file for file in manifest.files(share, shares) if not (folder / file).is_file()]
+    if missing:
+        rule = f" (share {share} of {shares}: the shards whose number in the manifest is {share} modulo {shares})"
+        raise ValueError(f"{folder} lacks files{rule if shares > 1 else ''}:\n  " + "\n  ".join(missing))
+    stored: _Tensors = {"latents": (DTYPES[manifest.dtype][1], manifest.stored_shape)}
+    checks: list[tuple[Shard, _Tensors]] = [(Shard(LABELS, manifest.count, manifest.labels_sha256), {})]
+    checks += [(manifest.shards[number], stored) for number in manifest.share_of(share, shares)]
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing leaves the interpreter lock
+        found = list(pool.map(lambda check: _problem(folder, verify, *check), checks))
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise ValueError(
+            f"{folder} does not hold what its manifest says; restore or delete it:\n  " + "\n  ".join(problems)
+        )
+
+
+def _problem(folder: Path, verify: bool, shard: Shard, tensors: _Tensors) -> str | None:
+    """What is wrong with a file, checked in an order in which no damaged data is interpreted or allocated for."""
     path = folder / shard.file
-    if not path.is_file():
-        return [f"{shard.file}: missing"]
-    if verify and (digest := _sha256(path)) != shard.sha256:
-        return [f"{shard.file}: expected sha256 {shard.sha256}, got {digest} ({path.stat().st_size} bytes)"]
-    expected = {
-        "labels": ("I64", [shard.count]),
-        "latents": ("F32", [shard.count, *manifest.latent_shape]),
-    }
+    if verify and (digest := sha256(path)) != shard.sha256:
+        return f"{shard.file}: expected sha256 {shard.sha256}, got {digest} ({path.stat().st_size} bytes)"
+    shapes: _Tensors = {"labels": ("I64", ()), **tensors}
+    expected = {name: (dtype, [shard.count, *shape]) for name, (dtype, shape) in shapes.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {
-                name: (part.get_dtype(), part.get_shape())
-                for name in sorted(file.keys())
-                for part in [file.get_slice(name)]
-            }
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except SafetensorError as error:  # of another length than its header says, or no such file
-        return [f"{shard.file}: {error}"]
-    return [] if found == expected else [f"{shard.file}: expected tensors {expected}, got {found}"]
+        return f"{shard.file}: not a whole safetensors file ({error}, {path.stat().st_size} bytes)"
+    return None if found == expected else f"{shard.file}: expected tensors {expected}, got {found}"
 
 
 def check_fits(
@@ -414,24 +252,25 @@ def size_differences(
     return [f"{name}: model {model}, latents {data}" for name, (model, data) in pairs.items() if model != data]
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+@functools.lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int, share: int) -> np.ndarray:
     """Order of one epoch, (size,) int64, cached (a batch can touch two epochs) and therefore read-only."""
-    order = keyed_permutation(size, seed, epoch)
+    order = keyed_permutation(size, seed, epoch, share)
     order.setflags(write=False)
     return order
 
 
-def positions_to_indices(positions: npt.ArrayLike, dataset_size: int, seed: int) -> np.ndarray:
+def positions_to_indices(positions: npt.ArrayLike, dataset_size: int, seed: int, share: int = 0) -> np.ndarray:
     """Dataset indices of global sample positions: the whole state of data loading is one integer.
 
     Position p is image number `p % dataset_size` of epoch `p // dataset_size`, whose order is a permutation keyed by
-    (seed, epoch). A pure function: it does not matter who asks, in which order, or in batches of what size.
+    (seed, epoch, share). A pure function: it does not matter who asks, in which order, or in batches of what size.
 
     Args:
         positions: B non-negative integers.
         dataset_size: Number of images N in the split.
         seed: Key of the order.
+        share: The share of the latents that the positions count, another key.
 
     Returns:
         Indices (B,), int64, for `LatentDataset.get`.
@@ -440,5 +279,5 @@ def positions_to_indices(positions: npt.ArrayLike, dataset_size: int, seed: int)
     indices = np.empty_like(offsets)
     for epoch in np.unique(epochs).tolist():
         rows = epochs == epoch
-        indices[rows] = _epoch_order(dataset_size, seed, epoch)[offsets[rows]]
+        indices[rows] = _epoch_order(dataset_size, seed, epoch, share)[offsets[rows]]
     return indices

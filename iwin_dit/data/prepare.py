@@ -1,18 +1,24 @@
-"""From the names in a configuration to an open VAE and open latents, making what is missing."""
+"""From the names in a configuration to an open VAE, made where it is the digits' and missing; checks of latents.
 
+Knows nothing of the configuration itself: it takes the values, and names them as the user does (`data.source`).
+"""
+
+import json
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from diffusers import AutoModel, ModelMixin
 
-from .codec import LatentCodec
 from .digits import Digits, train_digits_vae
-from .latents import MANIFEST, LatentDataset, Manifest, size_differences, write_latents
-from .sources import ImageFolder, ImageSource
+from .manifest import Manifest, differences, write_json
 
 logger = logging.getLogger(__name__)
+
+SPLIT = "split.json"  # in the digits VAE's folder: which digits it has not seen
 
 
 class ModelSizes(TypedDict):
@@ -52,114 +58,59 @@ def open_vae(path_or_id: str) -> ModelMixin:
     return vae.eval().requires_grad_(False)
 
 
-def open_source(source: str, resolution: int) -> ImageSource:
-    """Open an image source: "digits", or a folder with one folder of images per class.
+def make_digits_vae(folder: Path, holdout: int | float, split_seed: int) -> None:
+    """Train the VAE of the digits into a folder, unless one is there; then check that it has not seen other digits.
 
     Args:
-        source: Which.
-        resolution: Image side in pixels.
-
-    Returns:
-        The source.
+        folder: Where it goes, whole or not at all.
+        holdout: Held-out digits, as for `split_indices`.
+        split_seed: Key of the split.
 
     Raises:
-        ValueError: If the folder is missing or empty, or digits are asked for at another size than 32.
+        ValueError: The VAE there was trained on digits that are to be held out now.
     """
-    if source != "digits":
-        return ImageFolder(Path(source), resolution)
-    digits = Digits()
-    if resolution != digits.resolution:
-        raise ValueError(f"data.resolution must be {digits.resolution} for the digits, got {resolution}")
-    return digits
+    split = {"data.holdout": holdout, "data.split_seed": split_seed}
+    if not folder.exists():
+        logger.info("training the digits VAE into %s", folder)
+        staging = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        train_digits_vae(Digits(), holdout, split_seed).save_pretrained(staging)
+        write_json(staging / SPLIT, split)
+        staging.rename(folder)
+    elif (folder / SPLIT).is_file():  # a VAE that came from elsewhere has seen no digits of ours
+        made = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
+        differing = differences(made, split)
+        if differing:
+            raise ValueError(
+                f"the digits VAE in {folder} was trained with another split:\n  " + "\n  ".join(differing) + "\nGive "
+                "another --data.vae and --data.latents, or delete both folders to have them made again"
+            )
 
 
-def missing_parts(source: str, vae: str, latents: str) -> list[str]:
-    """Name what `prepare_latents` would have to make first.
+def check_made_from(folder: Path, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
+    """Check that a folder of latents was made with the settings that a configuration asks for.
 
     Args:
-        source: As for `open_source`.
-        vae: As for `open_vae`.
-        latents: Folder of latents.
-
-    Returns:
-        Folders, none if everything is there.
-    """
-    missing = [vae] if source == "digits" and not Path(vae).exists() else []
-    return missing if (Path(latents) / MANIFEST).is_file() else [*missing, latents]
-
-
-def prepare_latents(
-    source: str,
-    vae: str,
-    latents: str,
-    *,
-    resolution: int,
-    holdout: int | float,
-    seed: int,
-    batch_size: int,
-    max_broken: int,
-    model_sizes: ModelSizes,
-    device: torch.device,
-    verify: bool = True,
-) -> tuple[LatentCodec, LatentDataset, LatentDataset]:
-    """Open VAE and latents; train the digits VAE and encode the source where they are missing.
-
-    Args:
-        source: As for `open_source`.
-        vae: As for `open_vae`; for digits, a folder in which it is made if missing.
-        latents: Folder of latents, made if missing.
-        resolution: Image side in pixels.
-        holdout: Held-out images, a count or a fraction below 1.
-        seed: Key of the split.
-        batch_size: Images per VAE call.
-        max_broken: Broken images to skip before giving up.
-        model_sizes: What the model takes, checked before anything is encoded.
-        device: Where the VAE goes.
-        verify: Check the hashes of the latents, as for `LatentDataset`.
-
-    Returns:
-        The codec, the training latents and the held-out latents.
+        folder: The folder, for the message.
+        manifest: Its manifest.
+        wanted: Values by name, as the user writes them: data.source and so on.
 
     Raises:
-        ValueError: If something is missing that cannot be made, or the latents were made from something else.
+        ValueError: They differ; every difference is listed.
     """
-    folder = Path(latents)
-    images = None if (folder / MANIFEST).is_file() else open_source(source, resolution)
-    if source == "digits" and not Path(vae).exists():
-        logger.info("training the digits VAE into %s", vae)
-        train_digits_vae(Digits(), holdout, seed).save_pretrained(vae)
-    try:
-        codec = LatentCodec(open_vae(vae).to(device))
-    except ValueError as error:
-        raise ValueError(f"data.vae: {error}") from error
-    if images is not None:
-        side = resolution // codec.stride
-        shape = (codec.latent_channels, side, side)
-        differences = size_differences(shape, len(images.class_names), **model_sizes)
-        if differences:
-            raise ValueError("the data do not fit the model:\n  " + "\n  ".join(differences))
-        logger.info("encoding %d images into %s", len(images), latents)
-        write_latents(
-            images, codec, folder, vae_id=vae, holdout=holdout, seed=seed, batch_size=batch_size, max_broken=max_broken
-        )
-    _check_made_from(folder, {"source": source, "resolution": resolution, "holdout": holdout, "split_seed": seed})
-    return codec, LatentDataset(folder, "train", verify), LatentDataset(folder, "val", verify)
-
-
-def _check_made_from(folder: Path, wanted: dict[str, str | int | float]) -> None:
-    """Raise a ValueError that lists what of the configuration the latents in `folder` were not made with."""
-    manifest = Manifest.load(folder)
-    wanted = {**wanted, "source": str(Path(str(wanted["source"])))}  # `photos` and `photos/` are one folder
     made = {
-        "source": manifest.source,
-        "resolution": manifest.resolution,
-        "holdout": manifest.holdout,
-        "split_seed": manifest.seed,
+        "data.source": str(Path(manifest.source)),
+        **{f"data.{name}": value for name, value in manifest.source_settings.items()},
+        "data.class_names": manifest.class_names,
+        "data.resolution": manifest.resolution,
+        "data.posterior": manifest.posterior,
+        "data.flips": manifest.flips,
+        "data.latents_dtype": manifest.dtype,
     }
-    differences = [f"data.{key}: {made[key]} there, {wanted[key]} wanted" for key in made if made[key] != wanted[key]]
-    if differences:
+    wanted = {**wanted, "data.source": str(Path(wanted["data.source"]))}  # `photos` and `photos/` are one folder
+    differing = differences(made, wanted)
+    if differing:
         raise ValueError(
-            f"the latents in {folder} were made with other settings:\n  " + "\n  ".join(differences) + "\nGive another "
-            "--data.latents (and, for digits, another --data.vae, which has seen the old split), or delete that folder "
-            "to have them made again"
+            f"the latents in {folder} were made with other settings:\n  " + "\n  ".join(differing) + "\nGive another "
+            "--data.latents, or delete that folder to have them made again"
         )

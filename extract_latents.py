@@ -1,0 +1,103 @@
+"""Encode images to latents with the VAE that a configuration names, on any number of processes and machines.
+
+accelerate launch extract_latents.py --config configs/imagenet256_xl.yaml   # the same command again continues
+
+It reads the configuration and the arguments of train_dit.py, and of them the sections `data` and `model`: the model is
+not built, but what it takes is checked before anything is encoded.
+"""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
+
+from iwin_dit.data.codec import LatentCodec
+from iwin_dit.data.manifest import Manifest
+from iwin_dit.training.config import Config, parse_config
+from iwin_dit.training.data import open_codec, open_extraction
+from iwin_dit.training.runtime import check_launch, use_all_cores
+
+logger = logging.getLogger("extract_latents")
+
+LONGEST_WAIT = timedelta(days=7)  # of a process whose parts are done for the others
+NEAR_ONE = (0.5, 2.0)  # standard deviations of the model latents that need no second look
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the configuration and extract; a mistake of the user's is one line, without a traceback."""
+    default = str(Path(__file__).parent / "configs" / "digits.yaml")
+    config = parse_config(arguments, default_config=default, prog="extract_latents.py")
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+        check_launch(accelerator)
+        extract(config, accelerator)
+        accelerator.end_training()
+    except (ValueError, ImportError, OSError, SafetensorError) as error:  # the last two: no space, no permission
+        raise SystemExit(f"extract_latents.py: error: {error}") from error
+
+
+def extract(config: Config, accelerator: Accelerator) -> None:
+    """Open VAE and source, encode what is missing, and say what there is."""
+    main_process = accelerator.is_main_process
+    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    if config.dry_run:
+        logger.info("%s", yaml.safe_dump(config.to_dict()["data"], sort_keys=False))
+        return
+    with accelerator.main_process_first():  # which trains the digits' VAE
+        codec = open_codec(config.data, accelerator.device)
+    with torch.device("meta"):
+        model = config.build_model()
+    extraction = open_extraction(config, model, codec)
+    extraction.run(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    if main_process:
+        logger.info("%s", summary(extraction.out, codec))
+
+
+def summary(folder: Path, codec: LatentCodec) -> str:
+    """Describe a folder of latents, with a warning where the VAE's statistics do not suit the data.
+
+    Args:
+        folder: The folder, complete.
+        codec: Of the VAE that made it.
+
+    Returns:
+        Some lines.
+    """
+    manifest = Manifest.load(folder)
+    size = sum((folder / file).stat().st_size for file in manifest.files())
+    mean, std = torch.tensor(manifest.model_mean), torch.tensor(manifest.model_std)
+    lines = [
+        f"images       {manifest.count:,} in {len(manifest.class_names)} classes of {min(manifest.class_counts):,} to "
+        f"{max(manifest.class_counts):,}; {len(manifest.broken)} broken ones skipped",
+        f"latents      {' x '.join(map(str, manifest.latent_shape))} {manifest.dtype}, posterior {manifest.posterior}, "
+        f"{'with' if manifest.flips else 'without'} mirror images",
+        f"on disk      {size / 1e9:.3f} GB in {len(manifest.shards)} shard(s) in {folder}",
+        f"model latents, mean per channel  {_numbers(mean)}",
+        f"               std per channel   {_numbers(std)}",
+    ]
+    if not ((std > NEAR_ONE[0]) & (std < NEAR_ONE[1])).all():
+        lines.append(
+            "WARNING: diffusion expects standard deviations near 1. For an AutoencoderKL, write into its config.json "
+            f'"scaling_factor": 1.0, "latents_mean": {_list(mean * codec.std + codec.mean)} and "latents_std": '
+            f"{_list(std * codec.std)}, and start again with another --data.latents"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return " ".join(f"{value:.2f}" for value in values.tolist())
+
+
+def _list(values: torch.Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The format of a folder of latents: safetensors shards, all labels, and a manifest that lists and hashes them.
+
+    00012-000.safetensors   part and number: `latents` (count, V, P, C, h, w), stored latents, and `labels` (count,)
+    labels.safetensors      `labels` (N,) of all shards in order, so that a node with a few shards knows every split
+    manifest.json           written last: a folder without it is unfinished
+
+V is 2 with flips (the image, its mirror image), else 1; P is 2 for posterior "mean_std", else 1; labels are int64. Owns
+names, fields and how files are made durable; knows neither writer nor reader. Letters: C channels, h w cells, N images.
+
+    python -m iwin_dit.data.manifest FOLDER [SHARE SHARES]   # lists the files, of one share, for rsync --files-from=-
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+LABELS = "labels.safetensors"
+
+Posterior = Literal["mean", "sample", "mean_std"]
+# By name in the manifest: torch's dtype and safetensors' name of it.
+DTYPES = {
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of latents.
+
+    Attributes:
+        file: Its name in the folder.
+        count: Images in it.
+        sha256: Of the file, in hex.
+    """
+
+    file: str
+    count: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds and what made it.
+
+    Attributes:
+        format_version: Of the folder; another one is refused.
+        source: Where the images came from, as `ImageSource.description` says it.
+        source_settings: What of that source was read: split, keys of image and label; None where it has none.
+        class_names: Names by label.
+        class_counts: Images stored per class, by label.
+        resolution: Side of the images, in pixels.
+        latent_shape: (C, h, w).
+        dtype: Of the latents on disk, a key of `DTYPES`.
+        posterior: What of the VAE's posterior is stored: its mean, one sample, or mean and standard deviation.
+        flips: The mirror images are stored too.
+        seed: Key of the noise of posterior "sample"; without effect on the others.
+        vae_id: The folder or Hub id of the VAE.
+        vae_sha256: `LatentCodec.fingerprint` of the VAE.
+        vae_config_sha256: `LatentCodec.config_fingerprint` of the VAE.
+        model_mean: C means of the *model* latents over everything: about 0 if the VAE's statistics suit the data.
+        model_std: C standard deviations of the same; about 1.
+        shards: The files, in the order of the images.
+        labels_sha256: Of `labels.safetensors`.
+        broken: Keys of the images that were skipped; every count in the manifest is of what is stored.
+        packages: Versions of what decoded and encoded.
+    """
+
+    format_version: int
+    source: str
+    source_settings: dict[str, str | None]
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    dtype: str
+    posterior: Posterior
+    flips: bool
+    seed: int
+    vae_id: str
+    vae_sha256: str
+    vae_config_sha256: str
+    model_mean: tuple[float, ...]
+    model_std: tuple[float, ...]
+    shards: tuple[Shard, ...]
+    labels_sha256: str
+    broken: tuple[str, ...]
+    packages: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        """Number of images stored."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape (V, P, C, h, w) of one image on disk."""
+        return stored_shape(self.latent_shape, self.posterior, self.flips)
+
+    def share_of(self, share: int, shares: int) -> list[int]:
+        """Numbers of the shards of one share: shard i belongs to share i % shares.
+
+        Args:
+            share: Which, from 0.
+            shares: How many there are.
+
+        Returns:
+            Numbers into `shards`, ascending.
+
+        Raises:
+            ValueError: There is no such share, or more shares than shards.
+        """
+        if not 0 <= share < shares <= len(self.shards):
+            raise ValueError(
+                f"expected a share of 0 to shares - 1 and at most {len(self.shards)} shares, one per shard; got share "
+                f"{share} of {shares}"
+            )
+        return list(range(share, len(self.shards), shares))
+
+    def files(self, share: int = 0, shares: int = 1) -> list[str]:
+        """List the files that a node needs to read one share.
+
+        Args:
+            share: Which, from 0.
+            shares: How many there are.
+
+        Returns:
+            Names in the folder.
+
+        Raises:
+            ValueError: There is no such share.
+        """
+        return [MANIFEST, LABELS, *(self.shards[number].file for number in self.share_of(share, shares))]
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`, whole or not at all."""
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read `manifest.json` of `folder`.
+
+        Args:
+            folder: A folder of latents.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: The file is missing, not JSON, of another format version, has missing or unknown fields, or
+                values that no writer of ours makes.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(
+                f"expected a folder of latents, got {folder}, which has no {MANIFEST} (unfinished? then start the "
+                "extraction again)"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            if data["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"expected format version {FORMAT_VERSION}, got {data['format_version']}: delete the folder and "
+                    "extract again"
+                )
+            shards = tuple(Shard(**shard) for shard in data.pop("shards"))
+            lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+            manifest = cls(**{**data, **lists, "shards": shards})
+            manifest._check_values()
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not a manifest of this version: {type(error).__name__}: {error}") from error
+        return manifest
+
+    def _check_values(self) -> None:
+        """Raise a ValueError for what would be misread later, far from here."""
+        channels, classes = self.latent_shape[0], len(self.class_names)
+        checks = {
+            "dtype": self.dtype in DTYPES,
+            "posterior": self.posterior in ("mean", "sample", "mean_std"),
+            "latent_shape": len(self.latent_shape) == 3 and min(self.latent_shape) > 0,
+            "class_counts": len(self.class_counts) == classes and sum(self.class_counts) == self.count,
+            "model_mean and model_std": len(self.model_mean) == len(self.model_std) == channels,
+            "shards": bool(self.shards) and all(shard.count > 0 for shard in self.shards),
+        }
+        wrong = [name for name, holds in checks.items() if not holds]
+        if wrong:
+            raise ValueError(f"impossible values of {', '.join(wrong)}")
+
+
+def stored_shape(
+    latent_shape: tuple[int, int, int], posterior: Posterior, flips: bool
+) -> tuple[int, int, int, int, int]:
+    """Shape (V, P, C, h, w) of one image on disk.
+
+    Args:
+        latent_shape: (C, h, w).
+        posterior: What is stored of it.
+        flips: Whether the mirror image is stored.
+
+    Returns:
+        The shape.
+    """
+    return (2 if flips else 1, 2 if posterior == "mean_std" else 1, *latent_shape)
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """List what is wanted and not there.
+
+    Args:
+        there: Values by name, as they were written or read.
+        wanted: Values by name.
+
+    Returns:
+        A line for every name of `wanted` that has another value there, or none.
+    """
+    return [
+        f"{name}: {textwrap.shorten(str(there.get(name)), 200)} there, {textwrap.shorten(str(value), 200)} wanted"
+        for name, value in wanted.items()
+        if json.dumps(there.get(name)) != json.dumps(value)  # which makes lists of tuples, as reading does
+    ]
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, write: Callable[[Path], object]) -> str:
+    """Write a file so that, whatever dies, `path` is missing, the old file, or the new one, whole and on the disk.
+
+    Args:
+        path: File to write or replace, in a folder that exists.
+        write: Writes the content to the temporary name it is given.
+
+    Returns:
+        sha256 of what was written, read back from the file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
+    write(temporary)
+    temporary.chmod(mode)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    digest = sha256(temporary)
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
+    return digest
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON durably.
+
+    Args:
+        path: File to write or replace.
+        content: What to write.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_durably(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected finite numbers, got {name}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m iwin_dit.data.manifest", description="List files of latents.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("share", type=int, nargs="?", default=0, help="which share, from 0")
+    parser.add_argument("shares", type=int, nargs="?", default=1, help="how many there are")
+    arguments = parser.parse_args(argv)
+    try:
+        files = Manifest.load(arguments.folder).files(arguments.share, arguments.shares)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(files))
+
+
+if __name__ == "__main__":
+    main()

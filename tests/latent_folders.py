@@ -1,0 +1,91 @@
+"""A small image source and latents made of it, for the tests of the writer and of the reader."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from iwin_dit.data.codec import LatentCodec
+from iwin_dit.data.encode import EncodeSettings
+from iwin_dit.data.extract import Extraction
+from iwin_dit.data.images import BrokenImageError
+from iwin_dit.data.sources import Sample
+
+MEAN, STD = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+
+
+class Squares:
+    """Forty random 8 x 8 images of two classes in four parts; some can be broken, all of them are counted."""
+
+    description = "squares"
+    class_names = ("even", "odd")
+    num_parts = 4
+    part_size = 10
+    images = np.random.default_rng(0).integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+
+    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+        self.broken = broken
+        self.asked: list[int] = []
+
+    def samples(self, part: int) -> Iterator[Sample]:
+        for index in range(part * self.part_size, (part + 1) * self.part_size):
+            self.asked.append(index)
+            yield Sample(f"square {index}", index % 2, partial(self.read, index))
+
+    def read(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise BrokenImageError(f"square {index}: torn")
+        return Image.fromarray(self.images[index])
+
+    def pixels(self, indices: Any = slice(None)) -> torch.Tensor:
+        """The images as the VAE sees them."""
+        return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def small_codec() -> LatentCodec:
+    """A random VAE of stride 2 with 4 latent channels."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latents_mean=MEAN,
+        latents_std=STD,
+        scaling_factor=1.0,
+    )
+    return LatentCodec(vae.eval())
+
+
+def extraction(codec: LatentCodec, out: Path, source: Squares | None = None, **changes: Any) -> Extraction:
+    """An extraction in eight shards of five images, two batches each."""
+    names = ("max_broken", "vae_id")
+    arguments = {"vae_id": "tiny", **{name: changes.pop(name) for name in names if name in changes}}
+    settings = EncodeSettings(**{"resolution": 8, "shard_size": 5, "batch_size": 3, **changes})
+    return Extraction(source or Squares(), codec, out, settings, **arguments)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def failing_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does its work so many times, and then stops the program dead."""
+    left = iter(range(calls))
+
+    def wrapped(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise Killed
+        return function(*arguments)
+
+    return wrapped
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
