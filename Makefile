@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/python -m iwin_dit.training.plot $(RUN)
 	$(BIN)/python sample.py --model $(RUN) --out $(RUN)/samples --grid $(RUN)/samples.png
 	$(BIN)/python evaluate_fid.py --model $(RUN)
-	@echo "Look at $(RUN)/samples.png and $(RUN)/loss.png; the model is in $(RUN)/pipeline"
+	@echo "Look at $(RUN)/samples.png and $(RUN)/curves.png; the model is in $(RUN)/pipeline"
 
 test: lint
 	$(BIN)/pytest -m "slow or not slow" --durations 10

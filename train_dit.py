@@ -5,67 +5,26 @@ accelerate launch train_dit.py --config configs/imagenet256_xl.yaml   # the same
 """
 
 import contextlib
-import logging
-import math
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import yaml
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
-from iwin_dit.data.codec import LatentCodec
-from iwin_dit.data.latents import MANIFEST, LatentDataset
-from iwin_dit.diffusion import Denoiser, Objective
-from iwin_dit.metrics.result import sha256
-from iwin_dit.pipelines.pictures import image_grid
-from iwin_dit.training.batches import Batch, MicroBatches, validation_batch
-from iwin_dit.training.checkpoint import TrainState, check_run, list_checkpoints, open_run
-from iwin_dit.training.config import Config, parse_config
-from iwin_dit.training.data import open_data
-from iwin_dit.training.ema import EMA
-from iwin_dit.training.log import MetricsLog
-from iwin_dit.training.runtime import make_accelerator, micro_batch_size
-from iwin_dit.training.summary import describe
-
-logger = logging.getLogger("train_dit")
-
-MIN_SCALE = 2**-10  # of float16's gradient scaler: below it, smaller scales no longer help
-
-
-@dataclass(frozen=True)
-class Training:
-    """Everything that the loop works with, opened and checked.
-
-    Attributes:
-        config: The configuration.
-        accelerator: Processes, precision, accumulation.
-        run: Run folder.
-        objective: Gives the loss.
-        codec: The VAE; normalises latents and decodes previews.
-        micro_batches: Training latents and random numbers, by step.
-        held_out: Held-out latents.
-        state: Weights, average, optimizer and step: what a checkpoint holds.
-        model: The state's model as Accelerate wrapped it.
-        metrics: Where the numbers go.
-    """
-
-    config: Config
-    accelerator: Accelerator
-    run: Path
-    objective: Objective
-    codec: LatentCodec
-    micro_batches: MicroBatches
-    held_out: LatentDataset
-    state: TrainState
-    model: torch.nn.Module
-    metrics: MetricsLog
+from iwin_dit.diffusion import Denoiser
+from iwin_dit.training.batches import Batch
+from iwin_dit.training.checkpoint import CheckpointError, Snapshot
+from iwin_dit.training.config import parse_config
+from iwin_dit.training.log import Meter
+from iwin_dit.training.pictures import build_pipeline, export, exported_step, model_from, preview
+from iwin_dit.training.ranks import named_rank
+from iwin_dit.training.runtime import make_accelerator
+from iwin_dit.training.setup import Training, logger, open_training
+from iwin_dit.training.sharding import gather
+from iwin_dit.training.stop import StopRequest, ignore_stop_signals
+from iwin_dit.training.validation import TIME_BINS, by_time, loss_summary, validate
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,14 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(arguments, default_config=str(Path(__file__).parent / "configs" / "digits.yaml"))
     with one_line(ValueError, ImportError):
         accelerator = make_accelerator(config)
-    try:
+    status = None
+    with contextlib.ExitStack() as resources:  # holds the lock on the run folder
         with one_line(ValueError, ImportError):
-            training = open_training(config, accelerator)
+            training = open_training(config, accelerator, resources)
         if training is not None:
-            with one_line(FloatingPointError):
-                train(training)
-    finally:
+            with one_line(FloatingPointError, CheckpointError), named_rank(accelerator, training.state):
+                status = train(training)
         accelerator.end_training()
+    if status is not None:
+        raise SystemExit(status)
 
 
 @contextlib.contextmanager
@@ -92,208 +53,195 @@ def one_line(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"train_dit.py: error: {error}") from error
 
 
-def open_training(config: Config, accelerator: Accelerator) -> Training | None:
-    """Open everything that training needs, in the order in which mistakes are cheapest; None where that was all."""
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    world = accelerator.num_processes
-    micro_batch = micro_batch_size(config.train.batch_size, world, accelerator.gradient_accumulation_steps)
-    if config.dry_run:
-        logger.info("%s\n%s", yaml.safe_dump(config.to_dict(), sort_keys=False), describe(config, micro_batch))
-        return None
-    check_run(config)
-
-    set_seed(config.train.seed)
-    model = config.build_model()
-    with accelerator.main_process_first():  # the others find the run folder made and the hashes checked
-        codec, train_data, held_out = open_data(config, model, accelerator)
-        if config.prepare_only:
-            logger.info("%s and %s are there", config.data.vae, config.data.latents)
-            return None
-        manifest = sha256(Path(config.data.latents) / MANIFEST)
-        resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
-        run = open_run(config, resolved) if accelerator.is_main_process else Path(config.run)
-    logger.info("%s", describe(config, micro_batch))
-    logger.info(
-        "training     %d latents and %d held out, %d process(es) on %s, %d CPU thread(s) each, precision %s",
-        *(len(train_data), len(held_out), world, accelerator.device),
-        *(torch.get_num_threads(), accelerator.mixed_precision),
-    )
-
-    state, wrapped = open_state(config, accelerator, model, run)
-    return Training(
-        config=config,
-        accelerator=accelerator,
-        run=run,
-        objective=config.build_objective(),
-        codec=codec,
-        micro_batches=MicroBatches(train_data, config.train.seed, micro_batch, world, accelerator.process_index),
-        held_out=held_out,
-        state=state,
-        model=wrapped,
-        metrics=MetricsLog(config, accelerator, run, state.step),
-    )
-
-
-def open_state(
-    config: Config, accelerator: Accelerator, model: IwinDiTTransformer2DModel, run: Path
-) -> tuple[TrainState, torch.nn.Module]:
-    """Build optimizer and average, hand model and optimizer to Accelerate, and resume from the last checkpoint.
+def train(training: Training) -> int | None:
+    """Run the loop from the state's step to the last, or to a request to stop.
 
     Returns:
-        The state, which holds the bare modules, and the model as Accelerate wrapped it.
+        The exit status of a run that was stopped; None of a finished one.
     """
-    optim = config.optim
-    if config.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.to(accelerator.device)
-    ema = EMA(model, config.train.ema_decay)
-    if config.train.compile:
-        model.compile_repeated_blocks(fullgraph=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    config, accelerator, state = training.config, training.accelerator, training.state
+    log, steps, batch_size = config.log, config.train.steps, config.train.batch_size
+    meter, skipped_in_a_row, stopping = Meter(accelerator, batch_size, state.step, steps), 0, False
+    bar = tqdm(
+        total=steps * batch_size,
+        initial=state.step * batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=not accelerator.is_main_process,
     )
-    state = TrainState(model, ema, optimizer, accelerator.scaler)
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if checkpoints:
-        state.load(checkpoints[-1])
-        logger.info("resumed from %s", checkpoints[-1])
-    trained, state.optimizer = accelerator.prepare(model, optimizer)
-    return state, trained
-
-
-def train(training: Training) -> None:
-    """Run the loop from the state's step to the last."""
-    config, accelerator, state, run = training.config, training.accelerator, training.state, training.run
-    log, steps, accumulation = config.log, config.train.steps, accelerator.gradient_accumulation_steps
-    micro_batches, workers = training.micro_batches, config.data.num_workers
-    loader = iter(micro_batches.loader(state.step * accumulation, steps * accumulation, num_workers=workers))
-    bar = tqdm(total=steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     training.model.train()
-    clock, clock_step = time.perf_counter(), state.step
-    losses: list[torch.Tensor] = []
-    while state.step < steps:
-        # 1. One optimizer step on the global batch
-        lr = config.optim.learning_rate(state.step, steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        loss, grad_norm = optimizer_step(training, loader)
-        state.step += 1
-        losses.append(loss)
-        bar.update()
+    with StopRequest(config.train.max_time) as stop:
 
-        # 2. What is due
-        logs, validates, previews, checkpoints = (
-            every > 0 and (state.step % every == 0 or state.step == steps)
-            for every in (log.every, log.validate_every, log.preview_every, log.checkpoint_every or steps)
-        )
-        if logs:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            speed = (state.step - clock_step) * config.train.batch_size / (time.perf_counter() - clock)
-            training.metrics.write(state.step, loss=mean_loss, lr=lr, grad_norm=grad_norm, images_per_second=speed)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_second=f"{speed:.0f}", refresh=False)
-            clock, clock_step, losses = time.perf_counter(), state.step, []
-        paused = time.perf_counter()
-        if validates:
-            training.metrics.write(state.step, validation_loss=validate(training))
-        if checkpoints and accelerator.is_main_process:
-            state.save(run / "checkpoints", keep=log.keep_checkpoints)
-            export(build_pipeline(training), run / "pipeline")
-        if previews and accelerator.is_main_process:
-            preview(config, build_pipeline(training), run / "previews" / f"step-{state.step:08d}.png")
-        clock += time.perf_counter() - paused
-    bar.close()
-    if accelerator.is_main_process and not (run / "pipeline").is_dir():  # killed between checkpoint and pipeline
-        export(build_pipeline(training), run / "pipeline")
-    logger.info("%s is done: %d of %d steps, %d images", run, state.step, steps, state.step * config.train.batch_size)
+        def asked_to_stop() -> bool:
+            """Tell whether any process was asked to; all of them ask together."""
+            return accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "max").item() > 0
+
+        loader = open_loader(training)
+        while state.step < steps and not stopping:
+            # 1. One optimizer step on the global batch
+            lr = config.optim.learning_rate(state.step * batch_size, batch_size, steps * batch_size)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            result = optimizer_step(training, loader)
+            state.step += 1
+            bar.update(batch_size)
+            skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
+            if result.finite:
+                meter.add(result.sums)
+            else:
+                report_skipped(training, result, skipped_in_a_row)
+
+            # 2. What is due; a request to stop leaves time for the checkpoint alone
+            logs, validates, previews, checkpoints = (
+                every > 0 and (state.step % every == 0 or state.step == steps)
+                for every in (log.every, log.validate_every, log.preview_every, log.checkpoint_every or steps)
+            )
+            if logs:
+                values = meter.read(state.step)
+                training.metrics.write(
+                    state.step, **values, lr=lr, grad_norm=result.grad_norm, skipped_steps=state.skipped
+                )
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            with meter.paused():
+                stopping = asked_to_stop()
+                if validates and not stopping:
+                    stopping = not write_validation(training, asked_to_stop)
+                if previews and not stopping:
+                    write_previews(training, lambda: stop.requested)
+                    stopping = asked_to_stop()
+                if checkpoints or stopping:
+                    save(training)
+        finish(training, stopping)
+        bar.close()
+        return (stop.exit_code or 143) if stopping else None
 
 
-def optimizer_step(training: Training, loader: Iterator[Batch]) -> tuple[torch.Tensor, float]:
-    """Accumulate the gradients of one global batch, clip, step, and move the average.
+class StepResult(NamedTuple):
+    """Sums (2, TIME_BINS) of `by_time` of this process, the norm before clipping, and whether the step was taken."""
 
-    Returns:
-        The mean loss of this process's share (a scalar tensor) and the gradient norm before clipping.
-    """
-    accelerator, state = training.accelerator, training.state
-    total = torch.zeros((), device=accelerator.device)
+    sums: torch.Tensor
+    grad_norm: float
+    finite: bool
+
+
+def optimizer_step(training: Training, loader: Iterator[Batch]) -> StepResult:
+    """Accumulate the gradients of one global batch; clip, step, and move the average, if all of it is finite."""
+    accelerator, state, model = training.accelerator, training.state, training.model
+    sums = torch.zeros(2, TIME_BINS, device=accelerator.device)
     for _ in range(accelerator.gradient_accumulation_steps):
-        with accelerator.accumulate(training.model):
-            loss = batch_loss(training, training.model, next(loader).to(accelerator.device)).mean()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                max_norm = training.config.optim.max_grad_norm
-                grad_norm = accelerator.clip_grad_norm_(training.model.parameters(), max_norm).item()
-                scaler = accelerator.scaler  # float16's overflows now and then, until it has found its scale
-                if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < MIN_SCALE):
-                    raise FloatingPointError(
-                        f"step {state.step}: loss {loss.item()}, gradient norm {grad_norm}. This step changed no "
-                        "weights, and earlier checkpoints are intact. Lower optim.lr, or train in float32"
-                    )
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            total += loss.detach() / accelerator.gradient_accumulation_steps
-    if math.isfinite(grad_norm):  # else float16's scaler skipped the step, which a fused optimizer doesn't tell
-        state.ema.update(state.model)
-    return total, grad_norm
+        batch = next(loader).to(accelerator.device)
+        with accelerator.accumulate(model):
+            losses, times = batch_losses(training, model, batch)
+            accelerator.backward(losses.mean())
+        sums += by_time(losses.detach(), times)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.config.optim.max_grad_norm)
+    # One process's NaN reaches the others' gradients, but its loss may be infinite alone: all skip, or none.
+    broken = torch.stack([~grad_norm.isfinite(), ~sums.isfinite().all()]).any().float()
+    finite = accelerator.reduce(broken, "max").item() == 0
+    if finite:
+        state.optimizer.step()
+        batch_size = training.config.train.batch_size
+        state.ema.update(state.model, (state.step + 1) * batch_size, batch_size)
+    elif accelerator.scaler is not None:  # float16's overflows now and then, until it has found its scale
+        accelerator.scaler.update()
+    state.optimizer.zero_grad()
+    return StepResult(sums, grad_norm.item(), finite)
 
 
-def batch_loss(training: Training, denoiser: Denoiser, batch: Batch) -> torch.Tensor:
-    """Loss (B,) of a batch, latents normalised and labels dropped; `denoiser` is the trained model or the average."""
+def batch_losses(training: Training, denoiser: Denoiser, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and noise levels, (B,) each, of a batch; `denoiser` is the trained model or the average."""
     latents = training.codec.normalize(batch.latents)
     class_labels = training.state.model.drop_labels(batch.class_labels, batch.drops)
-    return training.objective.loss(denoiser, latents, class_labels, batch.noise, batch.times)
+    losses = training.objective.loss(denoiser, latents, class_labels, batch.noise, batch.times)
+    return losses, training.objective.time(batch.times)
 
 
-@torch.no_grad()
-def validate(training: Training) -> float:
-    """Mean loss of the averaged weights on held-out latents, at fixed noise and times, so that values compare."""
-    config, accelerator, size = training.config, training.accelerator, training.micro_batches.micro_batch
-    indices = torch.arange(min(len(training.held_out), config.log.validation_samples))
-    mine = indices.tensor_split(accelerator.num_processes)[accelerator.process_index]  # a rank's share can be empty
-    sums = torch.zeros(2, device=accelerator.device)  # loss, samples
-    for start in range(0, len(mine), size):
-        chunk = mine[start : start + size].numpy()
-        batch = validation_batch(training.held_out, config.train.seed, chunk).to(accelerator.device)
-        with accelerator.autocast():
-            sums[0] += batch_loss(training, training.state.ema.model, batch).sum()
-        sums[1] += len(chunk)
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return total / count
+def report_skipped(training: Training, result: StepResult, in_a_row: int) -> None:
+    """Log a step that changed nothing, and give up after too many of them.
 
-
-def build_pipeline(training: Training) -> IwinDiTPipeline:
-    """Put the averaged model, the VAE, the objective's sampler and the class names together."""
-    names, scheduler = dict(enumerate(training.held_out.manifest.class_names)), training.objective.scheduler()
-    pipeline = IwinDiTPipeline(training.state.ema.model, training.codec.vae, scheduler, id2label=names)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def preview(config: Config, pipeline: IwinDiTPipeline, path: Path) -> None:
-    """Save a grid of samples, a row per class; the same seeds every time."""
-    log = config.log
-    classes = log.preview_classes or list(range(min(10, pipeline.transformer.config.num_classes)))
-    rows = []
-    for label in classes:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(log.preview_columns)]
-        (images,) = pipeline(
-            [label] * log.preview_columns,
-            num_inference_steps=log.preview_steps,
-            guidance_scale=log.preview_guidance_scale,
-            generator=generators,
-            return_dict=False,
+    Raises:
+        FloatingPointError: If that was the last one allowed.
+    """
+    accelerator, state = training.accelerator, training.state
+    state.skipped += 1
+    summary = loss_summary(accelerator.reduce(result.sums, "sum"))
+    scale = {} if accelerator.scaler is None else {"scale": accelerator.scaler.get_scale()}
+    values = {"grad_norm": result.grad_norm, **scale}
+    training.metrics.write(state.step, skipped_loss=summary["loss"], skipped_steps=state.skipped, **values)
+    message = f"step {state.step}: loss {summary['loss']} (by noise level {summary['loss_by_time']}), " + ", ".join(
+        f"{name} {value}" for name, value in values.items()
+    )
+    logger.warning("%s: not finite, the step is skipped", message)
+    if in_a_row >= training.config.train.max_skipped_steps:
+        raise FloatingPointError(
+            f"{message}: {in_a_row} steps in a row were not finite. They changed no weights, and the last checkpoint "
+            "is intact. Lower optim.lr, look at the data, or train in bfloat16 or float32"
         )
-        rows.append(images)
-    path.parent.mkdir(exist_ok=True)
-    image_grid(rows, [pipeline.id2label[label].split(",")[0] for label in classes]).save(path)
 
 
-def export(pipeline: IwinDiTPipeline, folder: Path) -> None:
-    """Write the pipeline folder, replacing the last one only when complete."""
-    staging = folder.with_name(".pipeline.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    pipeline.save_pretrained(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+def open_loader(training: Training) -> Iterator[Batch]:
+    """Batches from the state's step to the last."""
+    steps, accumulation = training.config.train.steps, training.accelerator.gradient_accumulation_steps
+    first, last = training.state.step * accumulation, steps * accumulation
+    return iter(training.micro_batches.loader(first, last, training.config.data.num_workers, ignore_stop_signals))
+
+
+def write_validation(training: Training, stopping: Callable[[], bool]) -> bool:
+    """Write the loss of the averaged weights on held-out latents; False if a request to stop ended it."""
+
+    def losses(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_losses(training, training.state.ema.model, batch)
+
+    size = training.micro_batches.micro_batch
+    sums = validate(training.config, training.accelerator, training.held_out, size, losses, stopping)
+    if sums is not None:
+        training.metrics.write(training.state.step, **loss_summary(sums, prefix="validation_"))
+    return sums is not None
+
+
+def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
+    """Write samples of the trained and of the averaged weights side by side, from the same seeds."""
+    config, state = training.config, training.state
+    weights = {"trained": gather(state.model.state_dict()), "averaged": gather(state.ema.model.state_dict())}
+    if not training.accelerator.is_main_process:
+        return
+    pipelines = {
+        name: build_pipeline(
+            config, model_from(config, tensors).to(training.accelerator.device), training.codec, training.class_names
+        )
+        for name, tensors in weights.items()
+    }
+    preview(config, pipelines, training.run / "previews" / f"step-{state.step:08d}.png", stopping)
+
+
+def save(training: Training) -> None:
+    """Copy the state and have it written, as a checkpoint and as a pipeline, while training goes on."""
+    started = time.perf_counter()
+    training.writer.wait()  # for the last one, lest memory holds two
+
+    def export_pipeline(snapshot: Snapshot) -> None:
+        model = model_from(training.config, snapshot.ema)
+        pipeline = build_pipeline(training.config, model, training.codec, training.class_names)
+        export(pipeline, training.run / "pipeline", snapshot.state["step"])
+
+    snapshot = training.state.snapshot()
+    if training.accelerator.is_main_process:
+        training.writer.save(snapshot, export_pipeline)
+    training.metrics.write(training.state.step, checkpoint_stall_seconds=time.perf_counter() - started)
+
+
+def finish(training: Training, stopped: bool) -> None:
+    """Wait for the last checkpoint, and make the pipeline of a finished run that was killed before it was written."""
+    training.writer.wait()
+    state, accelerator, run = training.state, training.accelerator, training.run
+    stale = accelerator.is_main_process and not stopped and exported_step(run / "pipeline") != state.step
+    if accelerator.reduce(torch.tensor(float(stale), device=accelerator.device), "max").item():
+        save(training)
+        training.writer.wait()
+    training.metrics.close()
+    word = "stopped" if stopped else "done"
+    images, steps = state.step * training.config.train.batch_size, training.config.train.steps
+    logger.info("%s is %s: %d of %d steps, %d images", run, word, state.step, steps, images)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_dit
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.training.batches import MicroBatches
-from iwin_dit.training.checkpoint import TrainState, check_run, list_checkpoints, open_run
-from iwin_dit.training.config import Config, OptimConfig, parse_config
+from iwin_dit.training.config import OptimConfig, TrainConfig, parse_config
 from iwin_dit.training.draws import VALIDATION_STREAM, keyed_draws
-from iwin_dit.training.ema import EMA
 from iwin_dit.training.log import read_metrics
-from iwin_dit.training.plot import plot_losses
-from iwin_dit.training.runtime import micro_batch_size, resolve_with_launcher
+from iwin_dit.training.plot import plot_runs
 from iwin_dit.training.summary import describe
-from tests.tools import tiny_model
+from iwin_dit.training.validation import by_time, loss_summary
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -52,14 +50,15 @@ def test_later_values_win():
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["--optim.lrr", "1"], ["optim.lrr", "Did you mean 'optim.lr'?", "optim.warmup_steps"]),
+        (["--optim.lrr", "1"], ["optim.lrr", "Did you mean 'optim.lr'?", "optim.warmup_images"]),
         (["--optm.lr", "1"], ["optm.lr", "Valid keys: data, ddpm"]),
         (["--runn", "x"], ["Did you mean 'run'?"]),
         (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
         (["--model.window_size", "(8,8)"], ["model.window_size", "(8,8)"]),
-        (["--train.steps", "0"], ["train.steps must be at least 1, got 0"]),
-        (["--train.ema_decay", "1"], ["train.ema_decay must be in [0, 1), got 1.0"]),
-        (["--train.gradient_accumulation_steps", "0"], ["train.gradient_accumulation_steps must be at least 1, got 0"]),
+        (["--train.images", "0"], ["train.images must be from 1 to 10**15, got 0"]),
+        (["--model.num_layers", "1000000000"], ["model.num_layers must be from 1 to 10**4, got 1000000000"]),
+        (["--train.batch_size", "-8"], ["train.batch_size must be from 1 to 10**6, got -8"]),
+        (["--train.gradient_accumulation_steps", "0"], ["train.gradient_accumulation_steps must be from 1", "got 0"]),
         (["--train.seed", "-1"], ["train.seed must be in [0, 2**32), got -1"]),
         (["--optim.betas", "[0.9, 1.0]"], ["optim.betas.1 must be in [0, 1), got 1.0"]),
         (["--optim.lr", "0"], ["optim.lr must be above 0, got 0.0"]),
@@ -107,16 +106,22 @@ def test_learned_variance_doubles_the_output():
 
 
 def test_draws_depend_on_seed_and_position_alone():
-    noise, times, drops = keyed_draws(0, [5, 6, VALIDATION_STREAM + 5], (4, 8, 8))
-    again, time, drop = keyed_draws(0, [6], (4, 8, 8))
-    assert torch.equal(noise[1], again[0])
-    assert (times[1], drops[1]) == (time[0], drop[0])
-    assert not torch.equal(noise[0], noise[2])
-    assert not torch.equal(noise[1], keyed_draws(1, [6], (4, 8, 8))[0][0])
+    draws = keyed_draws(0, [5, 6, VALIDATION_STREAM + 5], (4, 8, 8), posterior=True)
+    for ours, again in zip(draws, keyed_draws(0, [6], (4, 8, 8), posterior=True), strict=True):
+        assert torch.equal(ours[1], again[0])
+    assert not torch.equal(draws.noise[0], draws.noise[2])
+    assert not torch.equal(draws.noise[0], draws.posterior[0])
+    assert not torch.equal(draws.noise[1], keyed_draws(1, [6], (4, 8, 8)).noise[0])
+    first, second = keyed_draws(0, [VALIDATION_STREAM, VALIDATION_STREAM + 1], (4, 8, 8)).noise
+    assert not torch.equal(first, second)
+    without = keyed_draws(0, [5], (4, 8, 8))
+    assert without.posterior is None
+    assert torch.equal(without.noise[0], draws.noise[0])
 
 
 def test_draws_are_distributed_as_they_should():
-    noise, times, drops = keyed_draws(0, range(2000), (16,))
+    noise, _, times, drops, flips = keyed_draws(0, range(2000), (16,))
+    assert flips.float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert noise.mean().abs() < 0.02
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     for uniform in (times, drops):
@@ -126,63 +131,15 @@ def test_draws_are_distributed_as_they_should():
     assert abs(np.corrcoef(times, drops)[0, 1]) < 0.06
 
 
-def test_ema_closed_form():
-    """From 0 towards constant weights w: (1 - prod(decay_i)) w, where decay_i = min(d, (1 + i) / (10 + i))."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, decay=0.5)
-    torch.nn.init.constant_(model.weight, 2.0)
-    remaining = 1.0
-    for i in range(20):
-        ema.update(model)
-        remaining *= min(0.5, (1 + i) / (10 + i))
-        assert ema.model.weight.item() == pytest.approx(2.0 * (1 - remaining))
-
-
-def test_ema_of_a_bfloat16_model_is_float32():
-    model = tiny_model().bfloat16()
-    ema = EMA(model, 0.9)
-    ema.update(model)
-    assert ema.model.dtype == torch.float32
-    assert not any(p.requires_grad for p in ema.model.parameters())
-
-
 def test_learning_rate():
-    optim = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr_factor=0.1)
-    rates = [optim.learning_rate(step, 104) for step in (0, 3, 4, 54, 104)]
+    optim = OptimConfig(lr=1.0, warmup_images=8, schedule="cosine", final_lr_factor=0.1)
+    rates = [optim.learning_rate(images, 2, 208) for images in (0, 6, 8, 108, 208)]
     assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1])
-    assert OptimConfig(lr=0.3).learning_rate(10**6, 10) == 0.3
+    assert OptimConfig(lr=0.3).learning_rate(10**6, 2, 10) == 0.3
 
 
-def test_batch_split():
-    assert micro_batch_size(256, 4, 2) == 32
-    with pytest.raises(
-        ValueError, match=r"multiple of 3 processes \* 2 accumulation steps = 6, got 256; nearest: 252 or 258"
-    ):
-        micro_batch_size(256, 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("value", "launched", "expected"),
-    [
-        ("auto", None, "no"),
-        ("auto", "bf16", "bf16"),
-        ("bf16", None, "bf16"),
-        ("bf16", "no", "bf16"),
-        ("bf16", "bf16", "bf16"),
-    ],
-)
-def test_configuration_and_launcher(value, launched, expected, monkeypatch):
-    monkeypatch.delenv("SETTING", raising=False)
-    if launched is not None:
-        monkeypatch.setenv("SETTING", launched)
-    assert resolve_with_launcher(value, "SETTING", "setting", "no") == expected
-
-
-def test_configuration_and_launcher_disagree(monkeypatch):
-    monkeypatch.setenv("SETTING", "4")
-    with pytest.raises(ValueError, match="setting is 2 in the configuration but 4 in accelerate launch"):
-        resolve_with_launcher(2, "SETTING", "setting", 1)
+def test_steps_round_up():
+    assert TrainConfig(images=257, batch_size=128).steps == 3
 
 
 def test_global_batch_is_the_same_for_any_split(digits_data):
@@ -194,43 +151,28 @@ def test_global_batch_is_the_same_for_any_split(digits_data):
         assert torch.equal(torch.cat(ours), expected)
 
 
-# --- the run folder
+def test_positions_are_shared_out_once_each(digits_data):
+    """Whatever the processes and shares: all positions of a step, once, and those of a share on its processes alone."""
+    for processes, shares in ((1, 1), (4, 1), (4, 2), (6, 3), (4, 4)):
+        batches = [
+            MicroBatches(digits_data[1], 0, 12 // processes, processes, rank, shares) for rank in range(processes)
+        ]
+        for index in (0, 5):
+            positions = [batch.positions(index) for batch in batches]
+            assert sorted(np.concatenate(positions).tolist()) == list(range(index * 12, index * 12 + 12))
+            for rank, mine in enumerate(positions):
+                assert (mine % shares == rank // (processes // shares)).all()
 
 
-CONSTANT = ["--optim.schedule", "constant", "--optim.warmup_steps", "0"]
-RESOLVED = {"mixed_precision": "no", "latents_manifest_sha256": "a"}
+def test_losses_by_noise_level():
+    sums = by_time(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.199, 0.9, 1.0]))
+    assert sums.tolist() == [[3, 0, 0, 0, 7], [2, 0, 0, 0, 2]]
+    summary = loss_summary(sums, prefix="validation_")
+    assert summary["validation_loss"] == 2.5
+    assert summary["validation_loss_by_time"] == pytest.approx([1.5, *[float("nan")] * 3, 3.5], nan_ok=True)
 
 
-def test_run_folders(tmp_path):
-    run = tmp_path / "run"
-
-    def configured(*arguments: str) -> Config:
-        return parse_config(["--config", DIGITS, "--run", str(run), *arguments])
-
-    check_run(configured())
-    assert not run.exists()
-    open_run(configured(), RESOLVED)
-    open_run(configured("--log.every", "3", "--data.num_workers", "1", "--train.mixed_precision", "no"), RESOLVED)
-    with pytest.raises(ValueError, match=r"model\.num_layers: 6 before, 2 now"):
-        check_run(configured("--model.num_layers", "2"))
-    with pytest.raises(ValueError, match=r"resolved\.mixed_precision: no before, bf16 now\nGive"):
-        open_run(configured(), {**RESOLVED, "mixed_precision": "bf16"})
-    with pytest.raises(ValueError, match=r"train\.steps: 450 before, 7 now\nThe cosine schedule ends at the last step"):
-        check_run(configured("--train.steps", "7"))
-    (run / "metrics.jsonl").write_text("{}")
-    check_run(configured("--model.num_layers", "2", "--overwrite"))
-    assert (run / "metrics.jsonl").exists()
-    open_run(configured("--model.num_layers", "2", "--overwrite", *CONSTANT), RESOLVED)
-    assert {path.name for path in run.iterdir()} == {"config.json"}
-    check_run(configured("--model.num_layers", "2", *CONSTANT, "--train.steps", "7"))
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    for extra in ([], ["--overwrite"]):
-        with pytest.raises(ValueError, match="is not empty and holds no run"):
-            check_run(parse_config(["--config", DIGITS, "--run", str(tmp_path), *extra]))
-    assert (tmp_path / "thesis.txt").exists()
+# --- the log
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
@@ -242,35 +184,9 @@ def test_a_torn_last_line_is_left_out(tmp_path):
         read_metrics(path)
 
 
-def test_checkpoints_are_whole_and_pruned_last(tmp_path):
-    model = tiny_model().train()
-    state = TrainState(model, EMA(model, 0.9), torch.optim.AdamW(model.parameters(), fused=True))
-    for step in (1, 2, 3):
-        model(torch.randn(2, 4, 8, 8), 500, torch.tensor([1, 2])).sample.square().mean().backward()
-        state.optimizer.step()
-        state.ema.update(model)
-        state.step = step
-        state.save(tmp_path, keep=2)
-    (tmp_path / ".step-00000004.tmp").mkdir()  # a save that was cut short
-    (tmp_path / "step-00000005").mkdir()
-    (tmp_path / ".DS_Store").touch()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-
-    other_model = tiny_model()
-    other = TrainState(other_model, EMA(other_model, 0.9), torch.optim.AdamW(other_model.parameters(), fused=True))
-    other.load(list_checkpoints(tmp_path)[-1])
-    assert (other.step, other.ema.updates) == (3, 3)
-    for ours, theirs in ((other.model, model), (other.ema.model, state.ema.model)):
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    ours, theirs = other.optimizer.state_dict(), state.optimizer.state_dict()
-    assert ours["param_groups"] == theirs["param_groups"]
-    assert ours["state"].keys() == theirs["state"].keys()
-    for index, moments in theirs["state"].items():
-        assert all(torch.equal(ours["state"][index][name], moments[name]) for name in moments)
-
-
 # --- the script
 
+CONSTANT = ["--optim.schedule", "constant", "--optim.warmup_images", "0"]
 SMALL = ["--model.num_layers", "1", "--train.batch_size", "32", "--log.every", "1", "--log.preview_every", "0"]
 
 
@@ -302,31 +218,31 @@ def test_a_finished_run_goes_on_bit_for_bit(data, tmp_path, caplog):
     caplog.set_level("INFO")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = [*data, *SMALL, *CONSTANT]
-    train("--run", str(whole), *arguments, "--train.steps", "4", "--log.checkpoint_every", "0")
-    train("--run", str(parts), *arguments, "--train.steps", "2")
+    train("--run", str(whole), *arguments, "--train.images", "128", "--log.checkpoint_every", "0")
+    train("--run", str(parts), *arguments, "--train.images", "64")
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    train("--run", str(parts), *arguments, "--train.steps", "4")
+    train("--run", str(parts), *arguments, "--train.images", "128")
     assert f"resumed from {parts / 'checkpoints' / 'step-00000002'}" in caplog.text
     assert_same_checkpoint(whole / "checkpoints" / "step-00000004", parts / "checkpoints" / "step-00000004")
 
     assert losses(whole) == losses(parts)
     records = read_metrics(parts / "metrics.jsonl")
     assert [record["step"] for record in records if "validation_loss" in record] == [2, 4]
-    plot_losses([parts, whole], tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").stat().st_size > 1000
+    plot_runs([parts, whole], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
     shutil.rmtree(parts / "pipeline")
-    train("--run", str(parts), *arguments, "--train.steps", "4")
+    train("--run", str(parts), *arguments, "--train.images", "128")
     assert "is done: 4 of 4 steps" in caplog.text
     assert type(IwinDiTPipeline.from_pretrained(parts / "pipeline")) is IwinDiTPipeline
     with pytest.raises(SystemExit, match=r"optim\.lr: 0\.002 before, 1\.0 now"):
-        train("--run", str(parts), *arguments, "--train.steps", "4", "--optim.lr", "1")
+        train("--run", str(parts), *arguments, "--train.images", "128", "--optim.lr", "1")
 
 
 def test_a_killed_run_resumes_bit_for_bit_under_the_cosine_schedule(data, tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    arguments = ["--run", str(run), *data, *SMALL, "--train.steps", "4", "--log.checkpoint_every", "2"]
+    arguments = ["--run", str(run), *data, *SMALL, "--train.images", "128", "--log.checkpoint_every", "2"]
     train(*arguments)
     shutil.move(run / "checkpoints" / "step-00000004", copy)
     train(*arguments)
@@ -336,14 +252,14 @@ def test_a_killed_run_resumes_bit_for_bit_under_the_cosine_schedule(data, tmp_pa
 
 def test_the_loss_falls(data, tmp_path):
     """From 1.1, the cost of the zeros that an untrained model predicts, to 0.21 (over the last five of 40 steps)."""
-    arguments = ["--train.steps", "40", "--optim.warmup_steps", "5", "--log.validate_every", "0"]
+    arguments = ["--train.images", "1280", "--optim.warmup_images", "160", "--log.validate_every", "0"]
     train("--run", str(tmp_path), *data, *SMALL, *arguments)
     assert losses(tmp_path)[0] == pytest.approx(1.1, abs=0.05)
     assert np.mean(losses(tmp_path)[-5:]) < 0.3
 
 
 def test_bfloat16_checkpointing_worker_and_tracker(data, tmp_path):
-    arguments = ["--train.steps", "2", "--train.mixed_precision", "bf16", "--train.gradient_checkpointing", "true"]
+    arguments = ["--train.images", "64", "--train.mixed_precision", "bf16", "--train.gradient_checkpointing", "true"]
     train("--run", str(tmp_path), *data, *SMALL, *arguments, "--data.num_workers", "1", "--log.tracker", "tensorboard")
     assert np.isfinite(losses(tmp_path)).all()
     assert len(list(tmp_path.glob("tensorboard/**/events.out.*"))) == 1
@@ -355,7 +271,7 @@ def test_accumulation_gives_the_same_step(data, tmp_path):
     weights = []
     for accumulation in ("1", "4"):
         run = tmp_path / accumulation
-        arguments = ["--train.steps", "2", "--train.gradient_accumulation_steps", accumulation]
+        arguments = ["--train.images", "64", "--train.gradient_accumulation_steps", accumulation]
         train("--run", str(run), *data, *SMALL, *arguments, "--log.validate_every", "0")
         weights.append(load_file(run / "checkpoints" / "step-00000002" / "model.safetensors"))
     for name in weights[0]:
@@ -364,7 +280,7 @@ def test_accumulation_gives_the_same_step(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(data, tmp_path):
-    arguments = [str(ROOT / "train_dit.py"), "--config", DIGITS, *data, *SMALL, "--train.steps", "2"]
+    arguments = [str(ROOT / "train_dit.py"), "--config", DIGITS, *data, *SMALL, "--train.images", "64"]
     arguments += ["--log.validation_samples", "1", "--run"]  # one process has none of its own
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -374,12 +290,6 @@ def test_two_processes_give_the_weights_of_one(data, tmp_path):
     one, two = (load_file(tmp_path / run / "checkpoints/step-00000002/model.safetensors") for run in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
-
-    missing = [*launch, *arguments, str(tmp_path / "three"), "--data.latents", str(tmp_path / "missing")]
-    done = subprocess.run(missing, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode != 0
-    assert "missing must be made first, by one process: python" in done.stderr
-    assert "--prepare-only" in done.stderr
 
 
 def test_a_failed_start_leaves_no_run_folder(data, tmp_path):
@@ -391,35 +301,68 @@ def test_a_failed_start_leaves_no_run_folder(data, tmp_path):
     assert "classes: model 7, latents 10" in str(error.value)
     assert "latent size: model (16, 16), latents (8, 8)" in str(error.value)
     with pytest.raises(SystemExit) as error:
-        train("--run", str(run), *data, "--data.source", "photos/", "--data.resolution", "64", "--data.holdout", "10")
-    assert "data.source: digits there, photos wanted\n  data.resolution: 32 there, 64 wanted" in str(error.value)
-    assert "data.holdout: 300 there, 10 wanted\nGive another --data.latents" in str(error.value)
+        train("--run", str(run), *data, "--data.source", "photos/", "--data.resolution", "64", "--data.flips", "true")
+    for line in (
+        "source: digits there, photos wanted",
+        "resolution: 32 there, 64 wanted",
+        "flips: False there, True wanted",
+    ):
+        assert line in str(error.value)
+    with pytest.raises(SystemExit, match=r"patch_size \(2, 2\) must divide sample_size \(9, 9\)"):
+        train("--run", str(run), *data, "--model.sample_size", "9", "--model.patch_size", "2")
     assert not run.exists()
 
 
 def test_overwrite_deletes_nothing_before_all_is_in_order(data, tmp_path):
     run = tmp_path / "run"
-    open_run(parse_config(["--config", DIGITS, "--run", str(run)]), RESOLVED)
-    (run / "metrics.jsonl").write_text("{}")
+    train("--run", str(run), *data, *SMALL, "--train.images", "32")
     missing = ["--data.source", str(tmp_path / "no images"), "--data.latents", str(tmp_path / "no latents")]
     with pytest.raises(SystemExit, match="expected a folder of class folders"):
         train("--run", str(run), *data, *missing, "--overwrite")
-    assert (run / "metrics.jsonl").exists()
+    assert (run / "checkpoints" / "step-00000001").exists()
 
 
-def test_a_diverged_step_stops_the_run(data, tmp_path):
-    with pytest.raises(SystemExit, match=r"This step changed no weights, .*\. Lower optim\.lr"):
-        train("--run", str(tmp_path / "run"), *data, *SMALL, *CONSTANT, "--optim.lr", "1e38", "--train.steps", "4")
+def test_a_diverged_run_stops(data, tmp_path, caplog):
+    """A learning rate of 1e38: the first step spoils the weights, all others are skipped, until there were enough."""
+    arguments = ["--optim.lr", "1e38", "--train.images", "3200", "--train.max_skipped_steps", "3"]
+    with pytest.raises(SystemExit, match=r"step 4: loss .*: 3 steps in a row were not finite.* Lower optim\.lr"):
+        train("--run", str(tmp_path / "run"), *data, *SMALL, *CONSTANT, *arguments)
     assert not (tmp_path / "run" / "checkpoints").exists()
+    skipped = [r["skipped_steps"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "skipped_loss" in r]
+    assert skipped == [1, 2, 3]
+    assert "by noise level" in caplog.text
 
 
-def test_dry_run_and_prepare_only_train_nothing(data, tmp_path, caplog):
+def test_previews_show_both_weights(data, tmp_path):
+    arguments = ["--train.images", "32", "--log.preview_every", "1", "--log.preview_steps", "2"]
+    train(
+        "--run", str(tmp_path), *data, *SMALL, *arguments, "--log.preview_classes", "[3]", "--log.preview_columns", "2"
+    )
+    with Image.open(tmp_path / "previews" / "step-00000001.png") as picture:
+        width, height = picture.size
+    assert width > 2 * 2 * 64 > height
+
+
+def test_a_tracker_that_fails_is_let_go(data, tmp_path, caplog):
+    train("--run", str(tmp_path / "run"), *data, *SMALL, "--train.images", "32")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "tensorboard").write_text("a file where the tracker wants a folder")
+    train("--run", str(tmp_path / "run"), *data, *SMALL, "--train.images", "32", "--log.tracker", "tensorboard")
+    assert "the tracker failed and is off from now on" in caplog.text
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_a_weights_and_biases_run_without_network(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train("--run", str(tmp_path), *data, *SMALL, "--train.images", "32", "--log.tracker", "wandb")
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_dry_run_trains_nothing(tmp_path, caplog):
     caplog.set_level("INFO")
     train("--run", str(tmp_path / "run"), "--dry-run")
     for word in ("num_layers: 6", "1.12M parameters", "GMACs", "64 per image", "GiB for the activations"):
         assert word in caplog.text
-    train("--run", str(tmp_path / "run"), *data, "--prepare-only")
-    assert "latents are there" in caplog.text
     assert not (tmp_path / "run").exists()
 
 

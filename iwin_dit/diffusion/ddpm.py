@@ -39,6 +39,10 @@ class DDPM:
         variance = betas * (1 - self._previous_alphas_cumprod) / (1 - self._alphas_cumprod)
         self._posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
 
+    def time(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Map uniform numbers (B,) in (0, 1) to steps over T, (B,) in [0, 1)."""
+        return (uniform * T).long() / T
+
     def loss(
         self,
         model: Denoiser,

@@ -28,6 +28,9 @@ class Objective(Protocol):
     ) -> torch.Tensor:
         """Compute the loss (B,) of every sample from latents (B, C, *sizes), noise likewise, and uniforms (B,)."""
 
+    def time(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Map uniforms (B,) in (0, 1) to the noise levels that `loss` takes them for, timestep / 1000."""
+
     def scheduler(self) -> SchedulerMixin:
         """Build the sampler of this convention, to be saved with the model."""
 

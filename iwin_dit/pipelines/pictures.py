@@ -1,4 +1,4 @@
-"""Labelled grids of pictures, for previews and samples."""
+"""Labelled grids of pictures, alone and side by side, for previews and samples."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,26 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], cel
             picture = image.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(picture, (margin + 4 + x * (width + 2), y * (height + 2)))
     return grid
+
+
+def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Lay out pictures from left to right, each under its title.
+
+    Args:
+        pictures: PIL images of one height.
+        titles: Text per picture.
+
+    Returns:
+        One picture.
+    """
+    header, gap = 24, 16
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (width, header + pictures[0].height), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=14)
+    x = 0
+    for picture, title in zip(pictures, titles, strict=True):
+        draw.text((x + picture.width // 2, header // 2), title, fill="black", font=font, anchor="mm")
+        page.paste(picture, (x, header))
+        x += picture.width + gap
+    return page

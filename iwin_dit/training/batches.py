@@ -3,6 +3,7 @@
 They hold *stored* latents: the step normalises them, on its device, so that no worker process carries the VAE.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,59 +35,79 @@ class Batch(NamedTuple):
 class MicroBatches(Dataset[Batch]):
     """Micro-batch i of one process: i counts the micro-batches of the run, so a resumed loader starts at any i.
 
-    Global positions of step s are [s * B, (s + 1) * B), laid out as (accumulation, processes, micro-batch).
+    Global positions of step s are [s * B, (s + 1) * B), laid out as (accumulation, position in the micro-batches of all
+    processes). Position p reads from share p % K of the latents, whose image p // K it is; the processes of a share
+    divide its positions into consecutive runs. So a position's sample depends on the seed and K alone.
 
     Args:
-        data: Training latents.
+        data: Training latents, of this process's share.
         seed: Of the run.
         micro_batch: Samples per micro-batch and process.
-        num_processes: Processes in the run.
+        num_processes: Processes in the run; K divides it.
         rank: This process.
+        shares: Number of shares K.
     """
 
-    def __init__(self, data: LatentDataset, seed: int, micro_batch: int, num_processes: int, rank: int) -> None:
-        self.data, self.seed = data, seed
-        self.micro_batch, self.num_processes, self.rank = micro_batch, num_processes, rank
+    def __init__(
+        self, data: LatentDataset, seed: int, micro_batch: int, num_processes: int, rank: int, shares: int = 1
+    ) -> None:
+        self.data, self.seed, self.shares = data, seed, shares
+        self.micro_batch, self.num_processes = micro_batch, num_processes
+        self.share, self.member = divmod(rank, num_processes // shares)
+
+    def positions(self, index: int) -> np.ndarray:
+        """Return the global positions of micro-batch `index`, (micro_batch,) int64."""
+        first = index * self.num_processes * self.micro_batch  # of the micro-batches of all processes
+        places = self.member * self.micro_batch + np.arange(self.micro_batch)  # among those of this share
+        return first + places * self.shares + self.share
 
     def __getitem__(self, index: int) -> Batch:
-        start = (index * self.num_processes + self.rank) * self.micro_batch
-        positions = np.arange(start, start + self.micro_batch)
-        indices = positions_to_indices(positions, len(self.data), self.seed)
-        return make_batch(self.data, self.seed, indices, positions)
+        positions = self.positions(index)
+        indices = positions_to_indices(positions // self.shares, len(self.data), self.seed, self.share)
+        manifest = self.data.manifest
+        draws = keyed_draws(self.seed, positions, manifest.latent_shape, posterior=manifest.posterior == "mean_std")
+        flips = draws.flips if manifest.flips else None
+        latents, class_labels = self.data.get(indices, flips=flips, noise=draws.posterior)
+        return Batch(latents, class_labels, draws.noise, draws.times, draws.drops)
 
-    def loader(self, first: int, last: int, num_workers: int) -> DataLoader[Batch]:
-        """Build a loader of the micro-batches first to last - 1, in order."""
-        pin_memory = torch.cuda.is_available()
-        order = range(first, last)
-        return DataLoader(self, batch_size=None, sampler=order, num_workers=num_workers, pin_memory=pin_memory)
+    def loader(
+        self, first: int, last: int, num_workers: int, worker_init_fn: Callable[[int], None] | None = None
+    ) -> DataLoader[Batch]:
+        """Build a loader of the micro-batches first to last - 1, in order.
+
+        Args:
+            first: First micro-batch.
+            last: The one after the last.
+            num_workers: Processes that read ahead; 0 reads in this one.
+            worker_init_fn: Called in each of them.
+
+        Returns:
+            The loader.
+        """
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=worker_init_fn,
+        )
 
 
-def validation_batch(data: LatentDataset, seed: int, indices: np.ndarray) -> Batch:
-    """Build a batch of held-out latents whose noise and times are the same at every validation.
+def validation_batch(data: LatentDataset, seed: int, indices: np.ndarray, share: int = 0, shares: int = 1) -> Batch:
+    """Build a batch of held-out latents, at the posterior's mean and unflipped, with the same numbers every time.
 
     Args:
-        data: Held-out latents.
+        data: Held-out latents of a share.
         seed: Of the run.
-        indices: (B,) which latents.
+        indices: (B,) which of them.
+        share: The share.
+        shares: Number of shares.
 
     Returns:
         The batch; `drops` is 1, so that no label is dropped.
     """
-    positions = indices.astype(np.uint64) + np.uint64(VALIDATION_STREAM)
-    return make_batch(data, seed, indices, positions)._replace(drops=torch.ones(len(indices)))
-
-
-def make_batch(data: LatentDataset, seed: int, indices: np.ndarray, positions: np.ndarray) -> Batch:
-    """Read latents and draw the random numbers of their positions.
-
-    Args:
-        data: Stored latents.
-        seed: Of the run.
-        indices: (B,) which latents.
-        positions: (B,) keys of their random numbers.
-
-    Returns:
-        The batch, on the CPU.
-    """
     latents, class_labels = data.get(indices)
-    return Batch(latents, class_labels, *keyed_draws(seed, positions, latents.shape[1:]))
+    positions = (indices * shares + share).astype(np.uint64) + np.uint64(VALIDATION_STREAM)
+    draws = keyed_draws(seed, positions, latents.shape[1:])
+    return Batch(latents, class_labels, draws.noise, draws.times, torch.ones(len(indices)))

@@ -1,32 +1,74 @@
-"""The run folder and its checkpoints. All state of a run is in `TrainState`; nothing else is saved or restored.
+"""Checkpoints: the state of a run as a folder of safetensors and JSON, written whole or not at all. No pickle.
 
-    runs/<name>/config.json  metrics.jsonl  previews/  pipeline/  checkpoints/step-00001000/
-                                            {model,ema,optimizer}.safetensors, state.json
+    <root>/step-00001000/{model,ema,optimizer}.safetensors  state.json  checkpoint.json (size and sha256 of the others)
 
-A checkpoint is written beside its place and renamed into it, so a folder of that name is complete; older ones go only
-after that. No pickle.
+Random numbers need no state: they are keyed by position (draws.py). Must not know the loop or the run's configuration.
 """
 
+import errno
 import json
+import logging
+import os
+import re
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
 
+from ..data.manifest import sha256, write_durably, write_json
 from ..models import IwinDiTTransformer2DModel
-from ..models.loading import load_strictly
-from .config import Config
 from .ema import EMA
+from .sharding import gather, read_tensors, scatter
 
-# Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
-# compared as it was resolved with the launcher's; the steps are free only where no schedule ends at the last one.
-FREE_KEYS = (
-    *("overwrite", "dry_run", "prepare_only", "log.", "train.compile", "train.gradient_checkpointing"),
-    *("train.mixed_precision", "data.num_workers", "data.encode_batch_size", "data.max_broken_images"),
-)
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+STATE = "state.json"
+SCRATCH = ".tmp"
+TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+
+PAUSES = (1.0, 5.0)  # seconds between the tries of a save: network file systems fail now and then
+HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # errors that another try doesn't mend
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, on the CPU and independent of the training that goes on; tensors on rank 0 alone.
+
+    Attributes:
+        model: Weights by name, whole, in the dtype they are trained in.
+        ema: Averaged weights by name.
+        optimizer: "<parameter name>.<exp_avg | exp_avg_sq | step>".
+        state: Numbers: step, skipped, scaler.
+    """
+
+    model: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state["step"]
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(t.nbytes for part in (self.model, self.ema, self.optimizer) for t in part.values())
 
 
 @dataclass
@@ -34,11 +76,12 @@ class TrainState:
     """Everything that a run's future depends on besides its configuration.
 
     Attributes:
-        model: The training model, unwrapped.
-        ema: Its average.
-        optimizer: The optimizer; in training, as Accelerate wrapped it.
+        model: The training model, not wrapped; FSDP2 shards it in place.
+        ema: Its average, sharded alike.
+        optimizer: AdamW; in training, as Accelerate wrapped it.
         scaler: Gradient scaler of float16 training, else None.
-        step: Optimizer steps done; data order and random numbers are functions of it.
+        step: Steps done, skipped ones included; data order and random numbers are functions of it.
+        skipped: Steps whose loss or gradient was not finite.
     """
 
     model: IwinDiTTransformer2DModel
@@ -46,137 +89,294 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
+    skipped: int = 0
 
-    def save(self, root: Path, keep: int) -> Path:
-        """Write a checkpoint, then remove the oldest ones.
-
-        Args:
-            root: Folder of the checkpoints.
-            keep: How many to keep, this one included.
-
-        Returns:
-            The folder written.
-        """
-        final = root / f"step-{self.step:08d}"
-        staging = root / f".{final.name}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        save_file(self.model.state_dict(), staging / "model.safetensors")
-        save_file(self.ema.model.state_dict(), staging / "ema.safetensors")
-        save_file(_optimizer_tensors(self.optimizer), staging / "optimizer.safetensors")
+    def snapshot(self) -> Snapshot:
+        """Copy the state to the CPU; all processes must call it, as for `gather`."""
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self._parameters().items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        state = {"step": self.step, "ema_updates": self.ema.updates, "scaler": scaler}
-        (staging / "state.json").write_text(json.dumps(state, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        staging.replace(final)
-        for old in list_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
-        return final
+        return Snapshot(
+            model=gather_weights(self.model),
+            ema=gather_weights(self.ema.model),
+            optimizer=gather(moments),
+            state={"step": self.step, "skipped": self.skipped, "scaler": scaler},
+        )
 
     def load(self, folder: Path) -> None:
-        """Restore a checkpoint in place.
+        """Restore a checkpoint in place, after the model was sharded; every process reads the folder.
 
         Args:
-            folder: As `save` returned it.
+            folder: As `find_checkpoint` returned it.
 
         Raises:
-            ValueError: If the weights are not those of this model; every difference is listed.
+            ValueError: If a file is no safetensors file, or its tensors are not this state's; all differences listed.
         """
-        state = json.loads((folder / "state.json").read_text())
-        load_strictly(self.model, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
-        load_strictly(self.ema.model, load_file(folder / "ema.safetensors"), str(folder / "ema.safetensors"))
-        _load_optimizer_tensors(self.optimizer, load_file(folder / "optimizer.safetensors"))
-        if self.scaler is not None and state["scaler"] is not None:
+        model_path, ema_path, optimizer_path = (folder / name for name in TENSORS)
+        scatter(read_tensors(model_path), self.model.state_dict(), model_path)
+        scatter(read_tensors(ema_path), self.ema.model.state_dict(), ema_path)
+        moments = read_tensors(optimizer_path)
+        scatter(moments, self._empty_moments({name.rpartition(".")[0] for name in moments}), optimizer_path)
+        state = json.loads((folder / STATE).read_text())
+        if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.ema.updates = state["ema_updates"]
-        self.step = state["step"]
+        self.step, self.skipped = state["step"], state["skipped"]
+
+    def _empty_moments(self, started: set[str]) -> dict[str, torch.Tensor]:
+        """Give AdamW uninitialised moments for the parameters that have taken a step, and return them by name."""
+        self.optimizer.state.clear()
+        count_on_device = any(group["fused"] or group["capturable"] for group in self.optimizer.param_groups)
+        moments: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters().items():
+            if name in started:
+                weights = parameter.detach()
+                count = torch.empty((), device=weights.device if count_on_device else "cpu")
+                values = dict(zip(MOMENTS, (torch.empty_like(weights), torch.empty_like(weights), count), strict=True))
+                self.optimizer.state[parameter] = values
+                moments |= {f"{name}.{key}": value for key, value in values.items()}
+        return moments
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, as the optimizer knows them: state_dict first takes FSDP2's modules to their shards."""
+        tensors = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+
+
+def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy a model's weights to the CPU, sharded or not; all processes must call it, rank 0 alone gets them."""
+    return gather(model.state_dict())
+
+
+class CheckpointWriter:
+    """Writes snapshots in the background, one at a time; of one process, which holds the run's lock.
+
+    Args:
+        root: Folder of the checkpoints.
+        keep_last: How many of the newest to keep, at least 1.
+        keep_every: Checkpoints whose step this divides are kept besides; 0 keeps none.
+        asynchronous: Whether `save` returns before the checkpoint is written.
+    """
+
+    def __init__(self, root: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = True) -> None:
+        self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
+        self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None = None) -> None:
+        """Write a checkpoint, then remove old ones, then export; first wait for the previous one.
+
+        Args:
+            snapshot: What to write.
+            export: Writes what others use, from the same snapshot.
+
+        Raises:
+            CheckpointError: If the previous one (or, where not asynchronous, this one) could not be written.
+        """
+        self.wait()
+        if self._executor is None:
+            self._write(snapshot, export)
+        else:
+            self._pending = self._executor.submit(self._write, snapshot, export)
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointError: If what was being written could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None) -> None:
+        final = self.root / checkpoint_name(snapshot.step)
+        _persist(lambda: _commit(snapshot, final), f"checkpoint {final}", self.root, snapshot.nbytes())
+        self._prune(snapshot.step)
+        if export is not None:
+            needed = sum(tensor.nbytes for tensor in snapshot.ema.values())
+            _persist(lambda: export(snapshot), f"the export of checkpoint {final}", self.root, needed)
+
+    def _prune(self, step: int) -> None:
+        """Remove what is older than the checkpoint just written, beyond what is kept."""
+        older = [folder for folder in list_checkpoints(self.root) if _step(folder) < step]
+        complete = [folder for folder in older if find_damage(folder, hashes=False) is None]
+        kept = {*complete[::-1][: self.keep_last - 1]}
+        kept |= {folder for folder in complete if self.keep_every and _step(folder) % self.keep_every == 0}
+        for folder in sorted(set(older) - kept):
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("could not remove the old checkpoint %s: %s", folder, error)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of a step's folder."""
+    return f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in root.glob("step-????????") if (path / "state.json").is_file())
+    """Return the folders in `root` that are named as checkpoints, complete or not, oldest first."""
+    folders = root.iterdir() if root.is_dir() else ()
+    return sorted((f for f in folders if re.fullmatch(r"step-\d{8,}", f.name) and f.is_dir()), key=_step)
 
 
-def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
-    """Check, without touching anything, that the run folder can take this run or holds it already.
-
-    Args:
-        config: The configuration of this start.
-        resolved: What decides the result besides, by name; None where it is not known yet and not compared.
-
-    Raises:
-        ValueError: If the folder holds something else, or a run whose configuration differs; the keys are listed.
-    """
-    run = Path(config.run)
-    record = run / "config.json"
-    if not record.is_file():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ValueError(f"run folder {run} is not empty and holds no run (no config.json): give another --run")
-        return
-    if config.overwrite:
-        return
-    before, now = _flatten(json.loads(record.read_text())), _flatten(_record(config, resolved or {}))
-    free = (*FREE_KEYS, "train.steps") if config.optim.schedule == "constant" else FREE_KEYS
-    if resolved is None:
-        free = (*free, "resolved.")
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(free))
-    if changed:
-        lines = "\n  ".join(f"{key}: {before.get(key)} before, {now.get(key)} now" for key in changed)
-        cosine = (
-            "The cosine schedule ends at the last step, so train.steps is fixed. " if "train.steps" in changed else ""
-        )
-        raise ValueError(
-            f"run folder {run} holds a run of another configuration:\n  {lines}\n{cosine}Give another --run, or "
-            "--overwrite to delete that run and start afresh"
-        )
-
-
-def open_run(config: Config, resolved: dict[str, str]) -> Path:
-    """Create the run folder and write its record, once everything else has been found in order.
+def find_damage(folder: Path, hashes: bool = True) -> str | None:
+    """Compare a checkpoint's files with its manifest.
 
     Args:
-        config: The configuration of this start.
-        resolved: What decides the result besides, by name: the precision in use, the hash of the latents.
+        folder: Named as `checkpoint_name` does.
+        hashes: Whether to read the files; else only their sizes are compared.
 
     Returns:
-        The run folder.
+        The first difference: the file, what was expected and what is there; None where there is none.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        step, files = manifest["step"], [(name, manifest["files"][name]) for name in (*TENSORS, STATE)]
+        if step != _step(folder):
+            return f"{path}: expected step {_step(folder)}, got {step}"
+        for name, expected in files:
+            path = folder / name
+            size = path.stat().st_size
+            if size != expected["size"]:
+                return f"{path}: expected {expected['size']} bytes, got {size}"
+            if hashes and (digest := sha256(path)) != expected["sha256"]:
+                return f"{path}: expected sha256 {expected['sha256']}, got {digest}"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{folder / MANIFEST}: expected step, and size and sha256 by file name, got something else ({error!r})"
+    return None
+
+
+def find_checkpoint(root: Path, resume: str) -> Path | None:
+    """Find the checkpoint to go on from; each that is considered is read as a whole and compared with its manifest.
+
+    Args:
+        root: Folder of the checkpoints.
+        resume: "latest", or a checkpoint in `root`, by name or path.
+
+    Returns:
+        For "latest" the newest that is whole, with a warning for each newer one; None where there is none at all.
 
     Raises:
-        ValueError: As `check_run`.
+        ValueError: If the one named is not a whole checkpoint in `root`, or none of those in `root` is whole.
     """
-    check_run(config, resolved)
-    run = Path(config.run)
-    if config.overwrite and run.is_dir():
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    staging = run / ".config.tmp"
-    staging.write_text(json.dumps(_record(config, resolved), indent=1))
-    staging.replace(run / "config.json")
-    return run
+    found = list_checkpoints(root)
+    if resume != "latest":
+        folder = root / resume if Path(resume).name == resume else Path(resume)
+        if folder.resolve() not in [path.resolve() for path in found]:
+            there = ", ".join(path.name for path in found) or "none"
+            raise ValueError(f'--resume must be "latest" or a checkpoint in {root} ({there}), got {resume}')
+        if damage := find_damage(folder):
+            raise ValueError(f'checkpoint {folder} is damaged: {damage}. "--resume latest" takes the last whole one')
+        return folder
+    damages = []
+    for folder in reversed(found):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        damages.append(damage)
+        logger.warning("checkpoint %s is damaged and passed over: %s", folder, damage)
+    if damages:
+        listed = "\n  ".join(damages)
+        raise ValueError(
+            f"every checkpoint in {root} is damaged:\n  {listed}\nRestore one from a copy, or start afresh: --overwrite"
+        )
+    return None
 
 
-def _record(config: Config, resolved: dict[str, str]) -> dict[str, Any]:
-    """The content of config.json, as JSON gives it back."""
-    return json.loads(json.dumps({**config.to_dict(), "resolved": resolved}))
+def abandon_after(root: Path, step: int) -> None:
+    """Rename later checkpoints, which the run that goes on from `step` does not follow, to "<name>.abandoned".
+
+    Args:
+        root: Folder of the checkpoints.
+        step: The step loaded. One abandoned earlier under the same name is deleted.
+    """
+    for folder in list_checkpoints(root):
+        if _step(folder) > step:
+            aside = folder.with_name(f"{folder.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+            logger.warning("checkpoint %s is later than the one loaded: renamed to %s", folder, aside.name)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return an optimizer's state as tensors by "<parameter number>.<name>"; its settings are the configuration's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+# --- writing
 
 
-def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Undo `_optimizer_tensors`."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _commit(snapshot: Snapshot, final: Path) -> None:
+    """Write a checkpoint beside its place, read it back from the disk, and rename it into place."""
+    root, scratch = final.parent, final.parent / SCRATCH
+    if not final.exists() or find_damage(final):  # a whole one is saved already, and not risked for its like
+        staging = scratch / final.name
+        shutil.rmtree(scratch, ignore_errors=True)  # of a save that was killed
+        try:
+            staging.mkdir(parents=True)
+            _write_files(snapshot, staging)
+            if final.exists():
+                final.replace(scratch / "damaged")
+            staging.replace(final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    for folder in (root, root.parent):  # the new names, too, must outlive a power cut
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_files(snapshot: Snapshot, folder: Path) -> None:
+    """Write all files and the manifest last; then judge them by their manifest as a resume would.
+
+    The hashes are of the files as the kernel still has them in memory. Reading them once more without that memory costs
+    a second or two per GB, in the background, and finds a disk that stored something else before an older checkpoint is
+    removed in favour of this one.
+    """
+    digests = {
+        name: write_durably(folder / name, partial(save_file, tensors))
+        for name, tensors in zip(TENSORS, (snapshot.model, snapshot.ema, snapshot.optimizer), strict=True)
+    }
+    write_json(folder / STATE, snapshot.state)
+    digests[STATE] = sha256(folder / STATE)
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+    write_json(folder / MANIFEST, {"step": snapshot.step, "files": files})
+    for name in files:
+        with (folder / name).open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if damage := find_damage(folder):
+        raise OSError(errno.EIO, f"the disk holds something else than was written, {damage}")
+
+
+def _persist(action: Callable[[], None], what: str, root: Path, needed: int) -> None:
+    """Do something that writes to `root`; try again where the error may pass."""
+    for pause in (*PAUSES, None):
+        try:
+            action()
+            return
+        except (OSError, SafetensorError) as error:
+            if pause is None or _errno(error) in HOPELESS:
+                free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+                raise CheckpointError(
+                    f"{what} could not be written: {error}. {free:,} bytes are free there, {needed:,} needed. "
+                    "Complete checkpoints are untouched"
+                ) from error
+            logger.warning("%s could not be written: %s. Trying again in %g s", what, error, pause)
+            time.sleep(pause)
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's error number, which safetensors gives in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None

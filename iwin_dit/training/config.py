@@ -21,28 +21,56 @@ from ..models import IwinDiTTransformer2DModel
 
 @dataclass
 class DataConfig:
-    """Where the latents come from.
+    """Where the latents come from; `extract_latents.py` makes them, training reads them.
 
     Attributes:
-        source: "digits" (scikit-learn's, built in) or a folder with one folder of images per class.
+        source: "digits" (scikit-learn's, built in), a folder with one folder of images per class, WebDataset tars
+            ("photos/{000..099}.tar" or a glob that ends in .tar), or a Hugging Face data set ("hf:user/name" or
+            "hf:folder").
+        source_split: Split of a Hugging Face data set.
+        streaming: Read a Hugging Face data set without downloading it first.
+        image_key: Column of a Hugging Face data set (null: "image") or extension in the tars (null: any image's).
+        label_key: The same for labels (null: "label", in tars "cls").
+        class_names: Text file with a class name per line; null takes the source's own, or else "0", "1" and so on.
         vae: VAE folder or Hub id of any diffusers image VAE. For digits it is trained where it is missing.
-        latents: Folder of encoded latents, made from source and VAE where it is missing.
+        latents: Folder of encoded latents.
         resolution: Image side in pixels.
+        posterior: What of the VAE's posterior is stored: its "mean", one "sample", or "mean_std", from which training
+            draws a new sample each time.
+        flips: Encode the mirror image too; training then takes one of the two at random.
+        latents_dtype: Of the latents on disk.
+        shard_size: Images per file, at most.
+        encode_batch_size: Images per VAE call while encoding.
+        decode_threads: Threads that read and crop images while encoding.
+        max_broken_images: Broken images to skip, with a warning each, before giving up.
         holdout: Images held out for validation: a count, or a fraction below 1.
         split_seed: Decides which; the same for every run on these latents.
-        encode_batch_size: Images per VAE call while encoding.
-        max_broken_images: Broken images to skip, with a warning each, before giving up.
+        shares: 1 where every node sees all files; K where process r of n needs every K-th one alone, those whose number
+            is r // (n / K) modulo K, so that a node may hold no more than its share of the data.
+        verify: Check the sha256 of the latents at the start; else only sizes and headers.
         num_workers: Processes that read latents and draw noise ahead of the loop; 0 does it in the loop.
     """
 
     source: str = "digits"
+    source_split: str = "train"
+    streaming: bool = False
+    image_key: str | None = None
+    label_key: str | None = None
+    class_names: str | None = None
     vae: str = "data/digits/vae"
     latents: str = "data/digits/latents"
     resolution: int = 32
+    posterior: Literal["mean", "sample", "mean_std"] = "mean_std"
+    flips: bool = False
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    shard_size: int = 16_384
+    encode_batch_size: int = 64
+    decode_threads: int = 4
+    max_broken_images: int = 0
     holdout: int | float = 300
     split_seed: int = 0
-    encode_batch_size: int = 64
-    max_broken_images: int = 0
+    shares: int = 1
+    verify: bool = True
     num_workers: int = 0
 
 
@@ -55,8 +83,8 @@ class OptimConfig:
         betas: Decay rates of the moments.
         weight_decay: Decoupled weight decay, on every weight.
         eps: Added to the denominator.
-        warmup_steps: Steps of linear warm-up.
-        schedule: "constant", or "cosine" down to `final_lr_factor` at the last step.
+        warmup_images: Images over which the rate rises linearly.
+        schedule: "constant", or "cosine" down to `final_lr_factor` at the last image.
         final_lr_factor: Last learning rate over the peak one, for "cosine".
         max_grad_norm: Gradients are clipped to this norm.
     """
@@ -65,45 +93,60 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8
-    warmup_steps: int = 0
+    warmup_images: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_factor: float = 0.0
     max_grad_norm: float = 1.0
 
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of step `step` (0 to steps - 1)."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+    def learning_rate(self, images: int, batch_size: int, total: int) -> float:
+        """Return the learning rate of the step that takes image number `images` and the `batch_size` - 1 after it."""
+        warm = min(1.0, (images + batch_size) / self.warmup_images) if self.warmup_images else 1.0
         if self.schedule == "constant":
             return self.lr * warm
-        progress = min(1.0, max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        progress = min(1.0, max(0, images - self.warmup_images) / max(1, total - self.warmup_images))
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * warm * (self.final_lr_factor + (1 - self.final_lr_factor) * cosine)
 
 
 @dataclass
 class TrainConfig:
-    """The loop.
+    """The loop. What acts on learning is counted in images, so that it stays the same at another batch size.
 
     Attributes:
-        steps: Optimizer steps. A finished run given more goes on, unless a cosine schedule has ended with it.
+        images: Images to see, rounded up to whole batches. A finished run given more goes on, unless a cosine schedule
+            has ended with it.
         batch_size: Global batch: samples per optimizer step over all processes and micro-batches.
-        gradient_accumulation_steps: Micro-batches per step; "auto" takes ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which
-            `accelerate launch` sets for DeepSpeed alone, or 1.
+        micro_batch_size: Most samples that a process takes through the model at once; null sets no limit.
+        gradient_accumulation_steps: Micro-batches per step; "auto" takes the fewest that respect `micro_batch_size` (or
+            ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where the launcher sets it).
         mixed_precision: "auto" takes the launcher's, or "no".
         gradient_checkpointing: Recompute blocks in the backward pass, for memory.
         compile: Compile the repeated block.
-        ema_decay: Decay per step of the averaged weights, reached after a warm-up of (1 + step) / (10 + step).
+        ema_halflife_images: Images after which a weight counts half in the averaged weights; a twentieth of the images
+            seen so far where that is less. 1,774,000 is DiT's decay of 0.9999 per step of 256.
+        max_skipped_steps: So many steps with a non-finite loss or gradient in a row end the run.
+        max_time: Hours after which the run writes a checkpoint and ends, to be started again; null sets no limit.
+        timeout: Seconds after which a process that waits for another gives up.
         seed: Of the initial weights, data order, noise, times and label dropout.
     """
 
-    steps: int = 100_000
+    images: int = 25_600_000
     batch_size: int = 256
+    micro_batch_size: int | None = None
     gradient_accumulation_steps: int | Literal["auto"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
-    ema_decay: float = 0.9999
+    ema_halflife_images: int = 1_774_000
+    max_skipped_steps: int = 20
+    max_time: float | None = None
+    timeout: float = 1800.0
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.images // self.batch_size)
 
 
 @dataclass
@@ -114,14 +157,16 @@ class LogConfig:
         every: Loss, rate and speed to metrics.jsonl and the tracker; at least 1.
         validate_every: Validation loss of the averaged weights.
         validation_samples: At most so many held-out latents.
-        preview_every: A grid of samples from the averaged weights.
+        preview_every: A grid of samples from the trained and from the averaged weights.
         preview_classes: Classes in the grid, one row each; empty means the first ten.
         preview_columns: Images per class.
         preview_steps: Sampler steps.
         preview_guidance_scale: Guidance scale.
         checkpoint_every: A checkpoint to resume from and the pipeline; 0 writes them at the last step alone.
-        keep_checkpoints: How many to keep, at least 1.
-        tracker: "none" or "tensorboard", through Accelerate.
+        keep_last: How many checkpoints to keep, at least 1.
+        keep_every: Checkpoints whose step this divides are kept besides; 0 keeps none.
+        asynchronous: Write checkpoints while training goes on, from a copy in CPU memory.
+        tracker: "none", "tensorboard" or "wandb", through Accelerate.
     """
 
     every: int = 50
@@ -133,8 +178,10 @@ class LogConfig:
     preview_steps: int = 50
     preview_guidance_scale: float = 3.0
     checkpoint_every: int = 5000
-    keep_checkpoints: int = 2
-    tracker: Literal["none", "tensorboard"] = "none"
+    keep_last: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
 
 @dataclass
@@ -143,9 +190,9 @@ class Config:
 
     Attributes:
         run: Run folder.
+        resume: "latest", which goes past damaged checkpoints, or the one to go on from; a run without any starts.
         overwrite: Start afresh in a run folder that holds another run.
         dry_run: Print the resolved configuration and the size of the model, then exit.
-        prepare_only: Make VAE and latents where they are missing, then exit.
         model: Keyword arguments of `IwinDiTTransformer2DModel`.
         objective: Which of the two objectives below trains.
         flow_matching: Settings of objective "flow_matching".
@@ -158,9 +205,9 @@ class Config:
 
     run: str
     model: dict[str, Any]
+    resume: str = "latest"
     overwrite: bool = False
     dry_run: bool = False
-    prepare_only: bool = False
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"
     flow_matching: FlowMatching = field(default_factory=FlowMatching)
     ddpm: DDPM = field(default_factory=DDPM)
@@ -218,30 +265,41 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-# What a number must be, in words and as a test, and the numbers that must be it. NaN is in no range.
+# What a number must be, in words and as a test, and the numbers that must be it. NaN is in no range. The upper ends
+# are far beyond use: they turn a slip of the finger into a message instead of a machine without memory.
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "at least 1": (
-        lambda value: 1 <= value < math.inf,
+    "from 1 to 10**15": (
+        lambda value: 1 <= value <= 1e15,
+        ("train.images", "train.ema_halflife_images", "data.shard_size", "log.validation_samples"),
+    ),
+    "from 1 to 10**6": (
+        lambda value: 1 <= value <= 1e6,
         (
-            *("train.steps", "train.batch_size", "train.gradient_accumulation_steps"),
-            *("data.resolution", "data.encode_batch_size"),
-            *("log.every", "log.keep_checkpoints", "log.validation_samples"),
+            *("train.batch_size", "train.micro_batch_size", "train.gradient_accumulation_steps"),
+            *("train.max_skipped_steps", "data.encode_batch_size", "data.shares", "log.every", "log.keep_last"),
+            *("model.num_classes", "model.in_channels", "model.attention_head_dim"),
+        ),
+    ),
+    "from 1 to 10**4": (
+        lambda value: 1 <= value <= 1e4,
+        (
+            *("data.resolution", "data.decode_threads", "model.num_layers", "model.num_attention_heads"),
             *("log.preview_columns", "log.preview_steps", "log.preview_guidance_scale"),
         ),
     ),
+    "from 0 to 10**4": (lambda value: 0 <= value <= 1e4, ("data.num_workers",)),
     "at least 0": (
         lambda value: 0 <= value < math.inf,
         (
-            *("data.num_workers", "data.max_broken_images", "data.split_seed"),
-            *("optim.warmup_steps", "optim.weight_decay"),
-            *("log.validate_every", "log.preview_every", "log.checkpoint_every"),
+            *("data.max_broken_images", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
+            *("log.validate_every", "log.preview_every", "log.checkpoint_every", "log.keep_every"),
         ),
     ),
     "above 0": (
         lambda value: 0 < value < math.inf,
-        ("optim.lr", "optim.eps", "optim.max_grad_norm", "data.holdout"),
+        ("optim.lr", "optim.eps", "optim.max_grad_norm", "data.holdout", "train.max_time", "train.timeout"),
     ),
-    "in [0, 1)": (lambda value: 0 <= value < 1, ("train.ema_decay", "optim.betas.0", "optim.betas.1")),
+    "in [0, 1)": (lambda value: 0 <= value < 1, ("optim.betas.0", "optim.betas.1")),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),
     "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # what numpy's global generator takes
 }
@@ -271,17 +329,17 @@ class ConfigParser(ArgumentParser):
         return f"{hint}Valid keys: {', '.join(siblings)}"
 
 
-def build_parser() -> ConfigParser:
-    """Build the command line of `train_dit.py`; `parse_config` turns what it parses into a `Config`."""
+def build_parser(prog: str) -> ConfigParser:
+    """Build the command line of `train_dit.py` and `extract_latents.py`; `parse_config` makes a `Config` of it."""
     parser = ConfigParser(
-        prog="train_dit.py",
-        description="Train an Iwin DiT. The same command again resumes the run, or says that it is done.",
+        prog=prog,
+        description="The same command again goes on where it stopped, or says that it is done.",
     )
     parser.add_argument("--config", action="config", help="YAML file; the command line overrides it")
     parser.add_argument("--run", type=str, required=True, help="run folder")
+    parser.add_argument("--resume", type=str, default="latest", help='"latest", or a checkpoint of this run')
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a run folder that holds another run")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and model size, then exit")
-    parser.add_argument("--prepare-only", action="store_true", help="make missing VAE and latents, then exit")
     parser.add_class_arguments(IwinDiTTransformer2DModel, "model")
     parser.add_argument("--objective", type=Literal["flow_matching", "ddpm"], default="flow_matching")
     for name, section in SECTIONS.items():
@@ -299,12 +357,15 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def parse_config(arguments: list[str] | None = None, default_config: str | None = None) -> Config:
+def parse_config(
+    arguments: list[str] | None = None, default_config: str | None = None, prog: str = "train_dit.py"
+) -> Config:
     """Read the configuration from the command line.
 
     Args:
         arguments: Command line; None means this process's.
         default_config: YAML file that is read where `--config` is not given.
+        prog: Script that the help and the errors name.
 
     Returns:
         The checked configuration.
@@ -315,7 +376,7 @@ def parse_config(arguments: list[str] | None = None, default_config: str | None 
     arguments = sys.argv[1:] if arguments is None else arguments
     if default_config is not None and not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = ["--config", default_config, *arguments]
-    parser = build_parser()
+    parser = build_parser(prog)
     values = parser.parse_args(arguments).as_dict()
     values.pop("config", None)
     try:

@@ -1,10 +1,11 @@
-"""The random numbers of training: noise, times and label dropout, each a pure function of (seed, global position).
+"""The random numbers of training, each a pure function of (seed, global position): noise, times, label drop, flips.
 
 A sample's position counts all samples of the run, over processes and micro-batches, so its numbers depend on neither,
 and a resumed run draws what an uninterrupted one would.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,26 +13,44 @@ import torch
 VALIDATION_STREAM = 1 << 63  # positions from here on belong to validation, which training never reaches
 
 
+class Draws(NamedTuple):
+    """Random numbers of B samples, on the CPU.
+
+    `noise` and `posterior` are (B, *shape) standard normal, `posterior` None where it was not asked for; `times` and
+    `drops` (B,) uniforms in (0, 1) that decide the noise level and whether the label is dropped; `flips` (B,) booleans.
+    """
+
+    noise: torch.Tensor
+    posterior: torch.Tensor | None
+    times: torch.Tensor
+    drops: torch.Tensor
+    flips: torch.Tensor
+
+
 def keyed_draws(
-    seed: int, positions: Sequence[int] | np.ndarray, shape: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    seed: int, positions: Sequence[int] | np.ndarray, shape: Sequence[int], posterior: bool = False
+) -> Draws:
     """Draw the random numbers of some samples from a counter-based generator (Philox) keyed by (seed, position).
 
     Args:
         seed: Of the run.
         positions: B global sample positions.
         shape: Of one sample's latents.
+        posterior: Draw the noise of the VAE's posterior too.
 
     Returns:
-        Noise (B, *shape), standard normal; (B,) uniforms in (0, 1) for the time; (B,) uniforms for label dropout; all
-        float32 on the CPU.
+        The numbers, float32.
     """
-    noise = np.empty((len(positions), *shape), dtype=np.float32)
-    uniforms = np.empty((len(positions), 2))
+    normals = np.empty((1 + posterior, len(positions), *shape), dtype=np.float32)
+    uniforms = np.empty((len(positions), 3))
     for row, position in enumerate(positions):
-        generator = np.random.Generator(np.random.Philox(key=[seed, int(position)]))
-        uniforms[row] = generator.random(2)
-        generator.standard_normal(out=noise[row], dtype=np.float32)
+        # An array, for a list of Python integers becomes float64 from 2**63 on, where neighbours are one number.
+        key = np.array([seed, position], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        uniforms[row] = generator.random(3)
+        for kind in normals:
+            generator.standard_normal(out=kind[row], dtype=np.float32)
+    noise, *extra = torch.from_numpy(normals)
     # Strictly inside (0, 1) in float32 as well, so that the logit of a time is finite.
-    times, drops = torch.from_numpy(uniforms).clamp(1e-7, 1 - 1e-7).float().unbind(1)
-    return torch.from_numpy(noise), times, drops
+    times, drops, flips = torch.from_numpy(uniforms).clamp(1e-7, 1 - 1e-7).float().unbind(1)
+    return Draws(noise, extra[0] if extra else None, times, drops, flips < 0.5)

@@ -1,13 +1,23 @@
-"""The numbers of a run: metrics.jsonl, always, and the tracker where there is one."""
+"""The numbers of a run: what is measured while it trains, metrics.jsonl, always, and the tracker where there is one."""
 
+import contextlib
 import json
+import logging
 import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
 
 from .config import Config
+from .validation import TIME_BINS, loss_summary
+
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -37,7 +47,8 @@ class MetricsLog:
     """Writes a line per event to `<run>/metrics.jsonl`, on the main process, and passes it to Accelerate's tracker.
 
     A resumed run first drops the lines that were written after its checkpoint, so that the file reads like that of an
-    uninterrupted one.
+    uninterrupted one. A tracker that fails is named once in the log and left alone from then on: no reason to stop
+    training.
 
     Args:
         config: Names the tracker and the batch size, by which images are counted.
@@ -53,18 +64,115 @@ class MetricsLog:
             staging = self.path.with_name(".metrics.tmp")
             staging.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
             staging.replace(self.path)
-        if config.log.tracker != "none":
-            accelerator.init_trackers(config.log.tracker)
+        self.tracking = config.log.tracker != "none"
+        self._track(lambda: self._start(config, run))
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | Sequence[float]) -> None:
         """Record values of a step.
 
         Args:
             step: Optimizer steps done.
-            values: Numbers by name; one that is not finite is null in the file, for JSON has no word for it.
+            values: Numbers by name, or lists of them, which a tracker gets one by one as name/0, name/1 and so on; one
+                that is not finite is null in the file, for JSON has no word for it.
         """
         if self.accelerator.is_main_process:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "images": step * self.batch_size, **finite}) + "\n")
-        self.accelerator.log(values, step=step)
+            record = {name: _finite(value) for name, value in values.items()}
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, "images": step * self.batch_size, **record}) + "\n")
+            except OSError as error:  # a full disk, say: weights are worth more than a line
+                logger.warning("%s: the line of step %d is lost: %s", self.path, step, error)
+        flat: dict[str, float] = {}
+        for name, value in values.items():
+            if isinstance(value, Sequence):
+                flat |= {f"{name}/{i}": part for i, part in enumerate(value)}
+            else:
+                flat[name] = value
+        self._track(lambda: self.accelerator.log(flat, step=step))
+
+    def close(self) -> None:
+        """Let the tracker finish."""
+        self._track(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+        self.accelerator.trackers = []  # else Accelerate finishes them once more, and raises what they raise
+
+    def _start(self, config: Config, run: Path) -> None:
+        """Start the tracker: event files in `<run>/tensorboard`, or a run of W&B, the same one when resumed."""
+        options: dict[str, Any] = {}
+        if config.log.tracker == "wandb":
+            identity = run / "wandb-id"
+            if self.accelerator.is_main_process and not identity.is_file():
+                identity.write_text(uuid.uuid4().hex)
+            options = {"dir": str(run), "name": run.name, "resume": "allow", "config": config.to_dict()}
+            options["id"] = identity.read_text() if self.accelerator.is_main_process else None
+        project = "iwin-dit" if config.log.tracker == "wandb" else config.log.tracker
+        self.accelerator.init_trackers(project, init_kwargs={config.log.tracker: options})
+
+    def _track(self, call: Callable[[], object]) -> None:
+        if not self.tracking:
+            return
+        try:
+            call()
+        except Exception:  # whatever a tracker's client raises when its server, disk or network is gone
+            self.tracking = False
+            logger.warning("the tracker failed and is off from now on; metrics.jsonl goes on", exc_info=True)
+
+
+def _finite(value: float | Sequence[float]) -> float | list[float | None] | None:
+    if isinstance(value, Sequence):
+        return [part if math.isfinite(part) else None for part in value]
+    return value if math.isfinite(value) else None
+
+
+class Meter:
+    """Loss, speed, time left and memory since the last reading.
+
+    Args:
+        accelerator: The processes.
+        batch_size: Images per step.
+        step: Step that the run starts from.
+        steps: Its last step.
+    """
+
+    def __init__(self, accelerator: Accelerator, batch_size: int, step: int, steps: int) -> None:
+        self.accelerator, self.batch_size, self.step, self.steps = accelerator, batch_size, step, steps
+        self.sums = torch.zeros(2, TIME_BINS, device=accelerator.device)
+        self.clock = time.perf_counter()
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Add a step's losses, (2, TIME_BINS) of `by_time`."""
+        self.sums += sums
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what is no training."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Read and start again; all processes together.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            Numbers by name: losses, images per second over all processes, hours left, GiB of memory of this process (on
+            a GPU the peak of what torch allocated, on a CPU what is resident).
+        """
+        speed = (step - self.step) * self.batch_size / (time.perf_counter() - self.clock)
+        values = {
+            **loss_summary(self.accelerator.reduce(self.sums, "sum")),
+            "images_per_second": speed,
+            "hours_left": (self.steps - step) * self.batch_size / speed / 3600,
+            "memory_gib": _memory(self.accelerator.device) / 1024**3,
+        }
+        self.sums.zero_()
+        self.step, self.clock = step, time.perf_counter()
+        return values
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

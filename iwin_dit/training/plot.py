@@ -3,12 +3,19 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .log import read_metrics
 
+PANELS: dict[str, dict[str, dict[str, Any]]] = {  # title: keys of metrics.jsonl and how they are drawn
+    "loss": {"loss": {"alpha": 0.5, "linewidth": 0.8}, "validation_loss": {"marker": "."}},
+    "gradient norm": {"grad_norm": {"linewidth": 0.8}},
+    "images / s": {"images_per_second": {"linewidth": 0.8}},
+}
 
-def plot_losses(runs: Sequence[Path], out: Path) -> None:
-    """Draw training and validation loss against images seen.
+
+def plot_runs(runs: Sequence[Path], out: Path) -> None:
+    """Draw losses, gradient norm and speed against images seen.
 
     Args:
         runs: Run folders; each has a metrics.jsonl.
@@ -25,29 +32,34 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for run in runs:
+    figure, panels = pyplot.subplots(
+        len(PANELS), figsize=(7, 7), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    for number, run in enumerate(runs):
         log = run / "metrics.jsonl"
         if not log.is_file():
             raise ValueError(f"expected a run folder with metrics.jsonl, got {run}")
         records = read_metrics(log)
-        for key, style in (("loss", {"alpha": 0.5, "linewidth": 0.8}), ("validation_loss", {"marker": "o"})):
-            points = [(record["images"], record[key]) for record in records if record.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=f"{run.name} {key.replace('_', ' ')}", **style)
-    axes.set(xlabel="images seen", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        for axes, (title, keys) in zip(panels, PANELS.items(), strict=True):
+            for key, style in keys.items():
+                points = [(record["images"], record[key]) for record in records if record.get(key) is not None]
+                label = f"{run.name} {key.replace('_', ' ')}"
+                axes.plot(*zip(*points, strict=True), label=label, color=f"C{number}", **style)
+            axes.set(ylabel=title)
+            axes.grid(alpha=0.3)
+    panels[0].legend()
+    panels[-1].set(xlabel="images seen")
     figure.savefig(out, dpi=120)
 
 
 def main() -> None:
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(description="Draw training and validation loss of one or several runs.")
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, help="PNG to write (default: loss.png in the first run folder)")
+    parser.add_argument("--out", type=Path, help="PNG to write (default: curves.png in the first run folder)")
     arguments = parser.parse_args()
-    out = arguments.out or arguments.runs[0] / "loss.png"
-    plot_losses(arguments.runs, out)
+    out = arguments.out or arguments.runs[0] / "curves.png"
+    plot_runs(arguments.runs, out)
     print(f"wrote {out}")
 
 

@@ -1,13 +1,24 @@
 """What the launcher and the machine decide: processes, precision, accumulation, threads."""
 
 import os
+import shlex
+import sys
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration, get_int_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, get_int_from_env
 
 from .config import Config
+
+FSDP2 = "FSDP2 shards model and optimizer (accelerate launch --config_file configs/accelerate/fsdp2.yaml)"
+# What the launcher passes in the environment and this trainer cannot do exactly, and what to use instead.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed keeps optimizer state that no checkpoint of ours can hold: {FSDP2}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM needs models written for it: {FSDP2}",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": f"tensor and context parallelism are not supported: {FSDP2}",
+}
 
 
 def resolve_with_launcher(value: str | int, variable: str, name: str, default: str | int) -> str | int:
@@ -34,7 +45,7 @@ def resolve_with_launcher(value: str | int, variable: str, name: str, default: s
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Build the Accelerator and put every CPU core to work.
+    """Build the Accelerator, whose accumulation makes up the global batch, and put every CPU core to work.
 
     Args:
         config: The training configuration.
@@ -43,36 +54,95 @@ def make_accelerator(config: Config) -> Accelerator:
         The Accelerator.
 
     Raises:
-        ValueError: If configuration and launcher disagree, or the launcher shards the model.
+        ValueError: If configuration and launcher disagree, the launcher asks for something else than DDP or FSDP2, its
+            processes did not join, or the global batch does not split.
         ImportError: If the tracker is not installed.
     """
-    tracker = config.log.tracker
+    train, tracker = config.train, config.log.tracker
     if tracker != "none" and tracker not in {available.value for available in get_available_trackers()}:
         raise ImportError(f'log.tracker is {tracker!r}, which is not installed: pip install "iwin-dit[{tracker}]"')
+    refuse_unsupported()
     precision = resolve_with_launcher(
-        config.train.mixed_precision, "ACCELERATE_MIXED_PRECISION", "train.mixed_precision", "no"
+        train.mixed_precision, "ACCELERATE_MIXED_PRECISION", "train.mixed_precision", "no"
     )
-    accumulation = resolve_with_launcher(
-        config.train.gradient_accumulation_steps,
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        "train.gradient_accumulation_steps",
-        1,
-    )
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision must be no, bf16 or fp16, got {precision!r} from accelerate launch")
     accelerator = Accelerator(
         mixed_precision=str(precision),
-        gradient_accumulation_steps=int(accumulation),
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=config.run, logging_dir=config.run),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
     )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in supported:
-        raise ValueError(
-            f"expected one of the distributed types {[kind.value for kind in supported]}, got "
-            f"{accelerator.distributed_type.value}, which is not supported yet: choose another in accelerate config"
-        )
+    check_launch(accelerator)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("float16 needs a GPU (on a CPU, Accelerate would train in float32): use bf16 or no")
+    accumulation = resolve_with_launcher(
+        train.gradient_accumulation_steps,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        "train.gradient_accumulation_steps",
+        default=1,
+    )
+    given = None if train.gradient_accumulation_steps == "auto" and accumulation == 1 else int(accumulation)
+    _, accelerator.gradient_accumulation_steps = split_batch(
+        train.batch_size, accelerator.num_processes, given, train.micro_batch_size
+    )
     if accelerator.device.type == "cpu":
         use_all_cores()
     return accelerator
+
+
+def refuse_unsupported() -> None:
+    """Check what the launcher asks for before Accelerate acts on it.
+
+    Raises:
+        ValueError: If it is something that would not train, or not resume exactly.
+    """
+    for variable, reason in REFUSED.items():
+        if _is_set(variable):
+            raise ValueError(reason)
+    if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(f"FSDP must be version 2 (fsdp_version: 2), got version 1: {FSDP2}")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError("compile with --train.compile true, which compiles the repeated block, not --dynamo_backend")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on")
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Check that all processes of the launch joined, as DDP or FSDP2.
+
+    Accelerate starts a lone process, or several that each take themselves for the only one, without a word.
+
+    Args:
+        accelerator: Of this process.
+
+    Raises:
+        ValueError: If they did not; with the command that works.
+    """
+    if _is_set("ACCELERATE_USE_FSDP") and accelerator.device.type == "cpu":
+        raise ValueError("FSDP needs GPUs (on a CPU, Accelerate would run DDP instead): launch without it")
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in supported:
+        raise ValueError(
+            f"expected one of the distributed types {[kind.value for kind in supported]}, got "
+            f"{accelerator.distributed_type.value}, which is not supported: choose another in accelerate config"
+        )
+    # accelerate's simple launcher starts one process, and sets a port if it was asked for more
+    lone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ
+    world = get_int_from_env(["WORLD_SIZE"], 1)
+    if accelerator.num_processes > 1 or (world == 1 and not lone):
+        return
+    asked = str(world) if world > 1 else "N"
+    script = shlex.join(["--", *sys.argv])  # without --, torchrun takes our --run for its --run-path
+    launch = f"torchrun --nproc_per_node {asked} {script}"
+    if accelerator.device.type == "cpu":
+        launch = f"ACCELERATE_USE_CPU=true {launch}"
+    raise ValueError(
+        f"this launch asks for {asked if world > 1 else 'several'} processes, but each works alone: use\n  {launch}\n"
+        "or, if you want one process, --num_processes 1, with MASTER_PORT and WORLD_SIZE unset"
+    )
 
 
 def use_all_cores() -> None:
@@ -88,26 +158,40 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // local_processes))
 
 
-def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:
-    """Split the global batch.
+def split_batch(
+    batch_size: int, num_processes: int, accumulation: int | None, micro_batch_size: int | None
+) -> tuple[int, int]:
+    """Split the global batch over processes and micro-batches.
 
     Args:
         batch_size: Samples per optimizer step.
         num_processes: Processes in the run.
-        accumulation: Micro-batches per step.
+        accumulation: Micro-batches per step; None takes the fewest that fit.
+        micro_batch_size: Most samples per process and micro-batch; None sets no limit.
 
     Returns:
-        Samples per process and micro-batch.
+        Samples per process and micro-batch, and micro-batches per step.
 
     Raises:
-        ValueError: If the batch does not split evenly.
+        ValueError: If the batch does not split evenly, or its parts are too large; with what would work.
     """
-    parts = num_processes * accumulation
+    parts = num_processes * (accumulation or 1)
     if batch_size % parts:
         below = batch_size - batch_size % parts
         fits = [str(size) for size in (below, below + parts) if size]
+        accumulated = f" * {accumulation} accumulation steps" if accumulation else ""
         raise ValueError(
-            f"train.batch_size is the global batch and must be a multiple of {num_processes} processes * "
-            f"{accumulation} accumulation steps = {parts}, got {batch_size}; nearest: {' or '.join(fits)}"
+            f"train.batch_size is the global batch and must be a multiple of {num_processes} processes{accumulated} = "
+            f"{parts}, got {batch_size}; nearest: {' or '.join(fits)}"
         )
-    return batch_size // parts
+    share, limit = batch_size // num_processes, micro_batch_size or batch_size
+    fitting = [steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= limit]
+    if accumulation is None:
+        return share // fitting[0], fitting[0]
+    if accumulation not in fitting:
+        raise ValueError(
+            f"train.gradient_accumulation_steps is {accumulation}, which makes micro-batches of "
+            f"{share // accumulation}, but train.micro_batch_size allows {limit}; accumulation that fits: "
+            f"auto, {', '.join(map(str, fitting[:4]))}"
+        )
+    return share // accumulation, accumulation

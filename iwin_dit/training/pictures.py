@@ -1,0 +1,119 @@
+"""What a run shows and hands over: previews of the trained and the averaged weights, and the pipeline folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.codec import LatentCodec
+from ..models import IwinDiTTransformer2DModel
+from ..pipelines import IwinDiTPipeline
+from ..pipelines.pictures import image_grid, side_by_side
+from .config import Config
+
+STEP_FILE = "training.json"
+
+
+def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTTransformer2DModel:
+    """Build the model around weights that are there already, which it shares.
+
+    Args:
+        config: Says what the model is.
+        tensors: All its weights by name.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    with torch.device("meta"):  # no second set of weights, no random numbers
+        model = config.build_model()
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def build_pipeline(
+    config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec, class_names: tuple[str, ...]
+) -> IwinDiTPipeline:
+    """Put a model, the VAE, the objective's sampler and the class names together.
+
+    Args:
+        config: Names the objective.
+        model: Trained or averaged.
+        codec: Holds the VAE.
+        class_names: By label.
+
+    Returns:
+        The pipeline, without a progress bar.
+    """
+    scheduler = config.build_objective().scheduler()
+    pipeline = IwinDiTPipeline(model, codec.vae, scheduler, id2label=dict(enumerate(class_names)))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def preview(config: Config, pipelines: Mapping[str, IwinDiTPipeline], path: Path, stopping: Callable[[], bool]) -> None:
+    """Save grids of samples side by side, a row per class; the same seeds every time and on every side.
+
+    Args:
+        config: Says which classes, how many samples and steps.
+        pipelines: By the title of their side.
+        path: PNG to write.
+        stopping: Asked after every sampler step; true ends the preview, and nothing is written.
+    """
+    grids = []
+    for pipeline in pipelines.values():
+        grid = _sample_grid(config, pipeline, stopping)
+        if grid is None:
+            return
+        grids.append(grid)
+    path.parent.mkdir(exist_ok=True)
+    side_by_side(grids, list(pipelines)).save(path)
+
+
+def _sample_grid(config: Config, pipeline: IwinDiTPipeline, stopping: Callable[[], bool]) -> Image.Image | None:
+    def interrupt(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        pipe._interrupt = stopping()
+        return tensors
+
+    log = config.log
+    classes = log.preview_classes or list(range(min(10, config.model["num_classes"])))
+    rows = []
+    for label in classes:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(log.preview_columns)]
+        (images,) = pipeline(
+            [label] * log.preview_columns,
+            num_inference_steps=log.preview_steps,
+            guidance_scale=log.preview_guidance_scale,
+            generator=generators,
+            callback_on_step_end=interrupt,
+            return_dict=False,
+        )
+        if pipeline.interrupt:
+            return None
+        rows.append(images)
+    return image_grid(rows, [pipeline.id2label[label].split(",")[0] for label in classes])
+
+
+def export(pipeline: IwinDiTPipeline, folder: Path, step: int) -> None:
+    """Write the pipeline folder, replacing the last one only when complete.
+
+    Args:
+        pipeline: What to write.
+        folder: Where; its parent exists.
+        step: Optimizer steps that the weights have seen, recorded beside them.
+    """
+    staging = folder.with_name(".pipeline.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    pipeline.save_pretrained(staging)
+    (staging / STEP_FILE).write_text(json.dumps({"step": step}))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def exported_step(folder: Path) -> int | None:
+    """Tell the step whose weights a pipeline folder holds, the inverse of `export`; None where there is none."""
+    record = folder / STEP_FILE
+    return json.loads(record.read_text())["step"] if record.is_file() else None

@@ -1,0 +1,137 @@
+"""The run folder: what may use it, what is checked before anything is written, and that one process has it."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from iwin_dit.training.config import Config, parse_config
+from iwin_dit.training.run import check_run, lock_run, open_run, probe_run
+
+ROOT = Path(__file__).parents[1]
+RESOLVED = {"mixed_precision": "no", "latents_manifest_sha256": "a"}
+CONSTANT = ["--optim.schedule", "constant", "--optim.warmup_images", "0"]
+
+
+def configured(run: Path, *arguments: str) -> Config:
+    return parse_config(["--config", str(ROOT / "configs" / "digits.yaml"), "--run", str(run), *arguments])
+
+
+def start(config: Config, **resolved: str) -> Path:
+    """Open a run and end it at once."""
+    with open_run(config, RESOLVED | resolved, bytes_needed=1) as run:
+        return run
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    run = tmp_path / "runs" / "a"
+    check_run(configured(run))
+    assert not run.exists()
+    assert start(configured(run)) == run
+    start(configured(run, "--log.every", "3", "--data.num_workers", "1", "--train.mixed_precision", "no"))
+    start(configured(run, "--resume", "step-00000001", "--train.micro_batch_size", "8", "--data.verify", "false"))
+    with pytest.raises(ValueError, match=r"model\.num_layers: 6 before, 2 now"):
+        check_run(configured(run, "--model.num_layers", "2"))
+    with pytest.raises(ValueError, match=r"train\.batch_size: \d+ before, 8 now\n  train\.seed: 0 before, 5 now\nGive"):
+        check_run(configured(run, "--train.seed", "5", "--train.batch_size", "8"))
+    with pytest.raises(ValueError, match=r"resolved\.mixed_precision: no before, bf16 now\nGive"):
+        start(configured(run), mixed_precision="bf16")
+    with pytest.raises(ValueError, match=r"train\.images: \d+ before, 7 now\nThe cosine schedule ends with the last"):
+        check_run(configured(run, "--train.images", "7"))
+
+
+def test_the_length_is_free_under_a_constant_schedule(tmp_path):
+    start(configured(tmp_path / "a", *CONSTANT))
+    start(configured(tmp_path / "a", *CONSTANT, "--train.images", "7"))
+
+
+def test_overwrite_deletes_the_run_and_nothing_before(tmp_path):
+    run, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    start(configured(run))
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}")
+    elsewhere.mkdir()
+    (run / "link").symlink_to(elsewhere)
+    check_run(configured(run, "--model.num_layers", "2", "--overwrite"))
+    assert (run / "metrics.jsonl").exists()
+    start(configured(run, "--model.num_layers", "2", "--overwrite"))
+    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
+    assert json.loads((run / "config.json").read_text())["model"]["num_layers"] == 2
+    assert elsewhere.is_dir()
+
+
+def test_a_damaged_record_is_an_error(tmp_path):
+    start(configured(tmp_path / "a"))
+    for content in ('{"run": ', "[]"):
+        (tmp_path / "a" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            check_run(configured(tmp_path / "a"))
+    start(configured(tmp_path / "a", "--overwrite"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        with pytest.raises(ValueError, match="is not empty and holds no run"):
+            start(configured(tmp_path, *extra))
+    with pytest.raises(ValueError, match=r"thesis\.txt is not empty and holds no run"):
+        start(configured(tmp_path / "thesis.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_one_process_has_the_run(tmp_path):
+    """Case 25; even --overwrite waits for the other one, and a run that ended, however it did, is free again."""
+    run = tmp_path / "a"
+    with open_run(configured(run), RESOLVED, bytes_needed=1):
+        (run / "metrics.jsonl").write_text("{}")
+        for extra in ([], ["--overwrite"]):
+            with pytest.raises(ValueError, match=f"run folder {run} is in use by another process: wait for it"):
+                start(configured(run, *extra))
+        assert (run / "metrics.jsonl").exists()
+    start(configured(run))
+    with pytest.raises(ZeroDivisionError), open_run(configured(run), RESOLVED, bytes_needed=1):
+        raise ZeroDivisionError
+    start(configured(run))
+
+
+def test_a_killed_process_frees_the_run(tmp_path):
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is in use"), lock_run(tmp_path):
+            pass
+        other.kill()
+    with lock_run(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"cannot be written: {tmp_path / 'file'}: Not a directory"):
+        probe_run(tmp_path / "file" / "runs" / "a", bytes_needed=1)
+    with pytest.raises(ValueError, match=r"run folder /proc/runs/a cannot be written: /proc: "):
+        start(configured(Path("/proc/runs/a")))
+
+    def fail(descriptor):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match="Read-only file system"):
+        start(configured(tmp_path / "runs" / "a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_too_small_is_found_first(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**6, 0, 123_456)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    probe_run(tmp_path / "a", bytes_needed=123_456)
+    with pytest.raises(ValueError, match=r"needs 123,457 bytes for checkpoints, and .* has 123,456 bytes free"):
+        probe_run(tmp_path / "a", bytes_needed=123_457)
+    assert list(tmp_path.iterdir()) == []
