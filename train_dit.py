@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(arguments, default_config=str(Path(__file__).parent / "configs" / "digits.yaml"))
     with one_line(ValueError, ImportError):
         accelerator = make_accelerator(config)
-    status = None
+    status = 0
     with contextlib.ExitStack() as resources:  # holds the lock on the run folder
         with one_line(ValueError, ImportError):
             training = open_training(config, accelerator, resources)
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
             with one_line(FloatingPointError, CheckpointError), named_rank(accelerator, training.state):
                 status = train(training)
         accelerator.end_training()
-    if status is not None:
+    if status:
         raise SystemExit(status)
 
 
@@ -53,15 +53,15 @@ def one_line(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"train_dit.py: error: {error}") from error
 
 
-def train(training: Training) -> int | None:
+def train(training: Training) -> int:
     """Run the loop from the state's step to the last, or to a request to stop.
 
     Returns:
-        The exit status of a run that was stopped; None of a finished one.
+        The exit status: 0 of a finished run, 143 or 130 of one that was stopped.
     """
     config, accelerator, state = training.config, training.accelerator, training.state
     log, steps, batch_size = config.log, config.train.steps, config.train.batch_size
-    meter, skipped_in_a_row, stopping = Meter(accelerator, batch_size, state.step, steps), 0, False
+    meter, skipped_in_a_row, stopping = Meter(accelerator, batch_size, state.step, steps), 0, 0
     bar = tqdm(
         total=steps * batch_size,
         initial=state.step * batch_size,
@@ -72,9 +72,10 @@ def train(training: Training) -> int | None:
     training.model.train()
     with StopRequest(config.train.max_time) as stop:
 
-        def asked_to_stop() -> bool:
-            """Tell whether any process was asked to; all of them ask together."""
-            return accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "max").item() > 0
+        def exit_status() -> int:
+            """Exit status with which some process was asked to stop, 0 if none was; all of them ask together."""
+            status = stop.exit_code if stop.requested else 0
+            return int(accelerator.reduce(torch.tensor(status, device=accelerator.device), "max").item())
 
         loader = open_loader(training)
         while state.step < steps and not stopping:
@@ -103,17 +104,18 @@ def train(training: Training) -> int | None:
                 )
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             with meter.paused():
-                stopping = asked_to_stop()
+                stopping = exit_status()
                 if validates and not stopping:
-                    stopping = not write_validation(training, asked_to_stop)
+                    write_validation(training, lambda: exit_status() > 0)
+                    stopping = exit_status()
                 if previews and not stopping:
                     write_previews(training, lambda: stop.requested)
-                    stopping = asked_to_stop()
+                    stopping = exit_status()
                 if checkpoints or stopping:
                     save(training)
-        finish(training, stopping)
+        finish(training, stopped=stopping > 0)
         bar.close()
-        return (stop.exit_code or 143) if stopping else None
+        return stopping
 
 
 class StepResult(NamedTuple):
@@ -186,8 +188,8 @@ def open_loader(training: Training) -> Iterator[Batch]:
     return iter(training.micro_batches.loader(first, last, training.config.data.num_workers, ignore_stop_signals))
 
 
-def write_validation(training: Training, stopping: Callable[[], bool]) -> bool:
-    """Write the loss of the averaged weights on held-out latents; False if a request to stop ended it."""
+def write_validation(training: Training, stopping: Callable[[], bool]) -> None:
+    """Write the loss of the averaged weights on held-out latents, unless a request to stop ends it."""
 
     def losses(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return batch_losses(training, training.state.ema.model, batch)
@@ -196,7 +198,6 @@ def write_validation(training: Training, stopping: Callable[[], bool]) -> bool:
     sums = validate(training.config, training.accelerator, training.held_out, size, losses, stopping)
     if sums is not None:
         training.metrics.write(training.state.step, **loss_summary(sums, prefix="validation_"))
-    return sums is not None
 
 
 def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
