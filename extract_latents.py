@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.manifest import Manifest
 from iwin_dit.training.config import Config, parse_config
-from iwin_dit.training.data import open_codec, open_extraction
+from iwin_dit.training.data import open_codec, open_extraction, with_statistics
 from iwin_dit.training.runtime import check_launch, use_all_cores
 
 logger = logging.getLogger("extract_latents")
@@ -42,7 +42,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def extract(config: Config, accelerator: Accelerator) -> None:
-    """Open VAE and source, encode what is missing, and say what there is."""
+    """Open VAE and source, encode what is missing, and say what there is.
+
+    Args:
+        config: The configuration.
+        accelerator: Of this process.
+
+    Raises:
+        ValueError: For every mistake of the user's.
+    """
+    if config.overwrite or config.resume != "latest":
+        raise ValueError("--overwrite and --resume are for train_dit.py; to extract again, delete data.latents")
     main_process = accelerator.is_main_process
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
     if accelerator.device.type == "cpu":
@@ -57,25 +67,29 @@ def extract(config: Config, accelerator: Accelerator) -> None:
     extraction = open_extraction(config, model, codec)
     extraction.run(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     if main_process:
-        logger.info("%s", summary(extraction.out, codec))
+        codec = with_statistics(codec, config.data, Manifest.load(extraction.out))
+        logger.info("%s", summary(extraction.out, codec, extraction.source.num_ignored))
 
 
-def summary(folder: Path, codec: LatentCodec) -> str:
+def summary(folder: Path, codec: LatentCodec, num_ignored: int) -> str:
     """Describe a folder of latents, with a warning where the VAE's statistics do not suit the data.
 
     Args:
         folder: The folder, complete.
-        codec: Of the VAE that made it.
+        codec: With the statistics that training will use.
+        num_ignored: Files of the source that were left out.
 
     Returns:
         Some lines.
     """
     manifest = Manifest.load(folder)
     size = sum((folder / file).stat().st_size for file in manifest.files())
-    mean, std = torch.tensor(manifest.model_mean), torch.tensor(manifest.model_std)
+    mean = (torch.tensor(manifest.latents_mean) - codec.mean) / codec.std
+    std = torch.tensor(manifest.latents_std) / codec.std
     lines = [
         f"images       {manifest.count:,} in {len(manifest.class_names)} classes of {min(manifest.class_counts):,} to "
-        f"{max(manifest.class_counts):,}; {len(manifest.broken)} broken ones skipped",
+        f"{max(manifest.class_counts):,}; {len(manifest.broken)} broken ones skipped, "
+        f"{num_ignored} other files left out",
         f"latents      {' x '.join(map(str, manifest.latent_shape))} {manifest.dtype}, posterior {manifest.posterior}, "
         f"{'with' if manifest.flips else 'without'} mirror images",
         f"on disk      {size / 1e9:.3f} GB in {len(manifest.shards)} shard(s) in {folder}",
@@ -84,19 +98,14 @@ def summary(folder: Path, codec: LatentCodec) -> str:
     ]
     if not ((std > NEAR_ONE[0]) & (std < NEAR_ONE[1])).all():
         lines.append(
-            "WARNING: diffusion expects standard deviations near 1. For an AutoencoderKL, write into its config.json "
-            f'"scaling_factor": 1.0, "latents_mean": {_list(mean * codec.std + codec.mean)} and "latents_std": '
-            f"{_list(std * codec.std)}, and start again with another --data.latents"
+            "WARNING: diffusion expects standard deviations near 1. Train with --data.latent_statistics data, which "
+            "normalises these latents by their own statistics; nothing needs to be extracted again"
         )
     return "\n".join(lines)
 
 
 def _numbers(values: torch.Tensor) -> str:
     return " ".join(f"{value:.2f}" for value in values.tolist())
-
-
-def _list(values: torch.Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
 
 
 if __name__ == "__main__":

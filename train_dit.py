@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from iwin_dit.diffusion import Denoiser
@@ -19,7 +21,7 @@ from iwin_dit.training.checkpoint import CheckpointError, Snapshot
 from iwin_dit.training.config import parse_config
 from iwin_dit.training.log import Meter
 from iwin_dit.training.pictures import build_pipeline, export, exported_step, model_from, preview
-from iwin_dit.training.ranks import named_rank
+from iwin_dit.training.ranks import DivergedError, named_rank
 from iwin_dit.training.runtime import make_accelerator
 from iwin_dit.training.setup import Training, logger, open_training
 from iwin_dit.training.sharding import gather
@@ -37,7 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         with one_line(ValueError, ImportError):
             training = open_training(config, accelerator, resources)
         if training is not None:
-            with one_line(FloatingPointError, CheckpointError), named_rank(accelerator, training.state):
+            with (
+                one_line(DivergedError, CheckpointError),
+                named_rank(accelerator, training.state, before_exit=training.writer.join),
+            ):
                 status = train(training)
         accelerator.end_training()
     if status:
@@ -61,7 +66,7 @@ def train(training: Training) -> int:
     """
     config, accelerator, state = training.config, training.accelerator, training.state
     log, steps, batch_size = config.log, config.train.steps, config.train.batch_size
-    meter, skipped_in_a_row, stopping = Meter(accelerator, batch_size, state.step, steps), 0, 0
+    meter, skipped_in_a_row, owed, stopping = Meter(accelerator, batch_size, state.step, steps), 0, False, 0
     bar = tqdm(
         total=steps * batch_size,
         initial=state.step * batch_size,
@@ -72,10 +77,9 @@ def train(training: Training) -> int:
     training.model.train()
     with StopRequest(config.train.max_time) as stop:
 
-        def exit_status() -> int:
+        def asked_to_stop() -> int:
             """Exit status with which some process was asked to stop, 0 if none was; all of them ask together."""
-            status = stop.exit_code if stop.requested else 0
-            return int(accelerator.reduce(torch.tensor(status, device=accelerator.device), "max").item())
+            return int(*largest(accelerator, stop.exit_code if stop.requested else 0))
 
         loader = open_loader(training)
         while state.step < steps and not stopping:
@@ -104,26 +108,33 @@ def train(training: Training) -> int:
                 )
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             with meter.paused():
-                stopping = exit_status()
+                stopping = asked_to_stop()
                 if validates and not stopping:
-                    write_validation(training, lambda: exit_status() > 0)
-                    stopping = exit_status()
+                    write_validation(training, lambda: asked_to_stop() > 0)
+                    stopping = asked_to_stop()
                 if previews and not stopping:
                     write_previews(training, lambda: stop.requested)
-                    stopping = exit_status()
-                if checkpoints or stopping:
-                    save(training)
+                    stopping = asked_to_stop()
+                owed = owed or checkpoints
+                if (owed and result.finite) or stopping:  # a run that diverges must not push out its good checkpoints
+                    save(training, with_pipeline=not stopping)
+                    owed = False
         finish(training, stopped=stopping > 0)
         bar.close()
         return stopping
 
 
 class StepResult(NamedTuple):
-    """Sums (2, TIME_BINS) of `by_time` of this process, the norm before clipping, and whether the step was taken."""
+    """What a step gave.
+
+    `sums` (2, TIME_BINS) of `by_time`, of this process; the gradient norm before clipping; whether all was finite and
+    the step taken; the scale of float16's gradients, 1 in other precisions.
+    """
 
     sums: torch.Tensor
     grad_norm: float
     finite: bool
+    scale: float
 
 
 def optimizer_step(training: Training, loader: Iterator[Batch]) -> StepResult:
@@ -137,9 +148,12 @@ def optimizer_step(training: Training, loader: Iterator[Batch]) -> StepResult:
             accelerator.backward(losses.mean())
         sums += by_time(losses.detach(), times)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.config.optim.max_grad_norm)
+    if isinstance(grad_norm, DTensor):  # of FSDP2
+        grad_norm = grad_norm.full_tensor()
     # One process's NaN reaches the others' gradients, but its loss may be infinite alone: all skip, or none.
-    broken = torch.stack([~grad_norm.isfinite(), ~sums.isfinite().all()]).any().float()
-    finite = accelerator.reduce(broken, "max").item() == 0
+    broken = ~(grad_norm.isfinite() & sums.isfinite().all())
+    finite = largest(accelerator, broken) == [0]
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
     if finite:
         state.optimizer.step()
         batch_size = training.config.train.batch_size
@@ -147,7 +161,13 @@ def optimizer_step(training: Training, loader: Iterator[Batch]) -> StepResult:
     elif accelerator.scaler is not None:  # float16's overflows now and then, until it has found its scale
         accelerator.scaler.update()
     state.optimizer.zero_grad()
-    return StepResult(sums, grad_norm.item(), finite)
+    return StepResult(sums, grad_norm.item(), finite, scale)
+
+
+def largest(accelerator: Accelerator, *values: torch.Tensor | float) -> list[float]:
+    """The largest of each value over all processes, which call this together; on one process the values themselves."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values])
+    return accelerator.reduce(stacked, "max").tolist()
 
 
 def batch_losses(training: Training, denoiser: Denoiser, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,20 +182,19 @@ def report_skipped(training: Training, result: StepResult, in_a_row: int) -> Non
     """Log a step that changed nothing, and give up after too many of them.
 
     Raises:
-        FloatingPointError: If that was the last one allowed.
+        DivergedError: If that was the last one allowed.
     """
     accelerator, state = training.accelerator, training.state
     state.skipped += 1
     summary = loss_summary(accelerator.reduce(result.sums, "sum"))
-    scale = {} if accelerator.scaler is None else {"scale": accelerator.scaler.get_scale()}
-    values = {"grad_norm": result.grad_norm, **scale}
+    values = {"grad_norm": result.grad_norm} | ({} if accelerator.scaler is None else {"scale": result.scale})
     training.metrics.write(state.step, skipped_loss=summary["loss"], skipped_steps=state.skipped, **values)
     message = f"step {state.step}: loss {summary['loss']} (by noise level {summary['loss_by_time']}), " + ", ".join(
         f"{name} {value}" for name, value in values.items()
     )
     logger.warning("%s: not finite, the step is skipped", message)
     if in_a_row >= training.config.train.max_skipped_steps:
-        raise FloatingPointError(
+        raise DivergedError(
             f"{message}: {in_a_row} steps in a row were not finite. They changed no weights, and the last checkpoint "
             "is intact. Lower optim.lr, look at the data, or train in bfloat16 or float32"
         )
@@ -201,24 +220,26 @@ def write_validation(training: Training, stopping: Callable[[], bool]) -> None:
 
 
 def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
-    """Write samples of the trained and of the averaged weights side by side, from the same seeds."""
+    """Write samples of the trained and of the averaged weights side by side, from the same seeds.
+
+    Whatever goes wrong with them, a full disk or a picture of NaNs, is logged: a preview is no reason to stop training.
+    """
     config, state = training.config, training.state
     weights = {"trained": gather(state.model.state_dict()), "averaged": gather(state.ema.model.state_dict())}
     if not training.accelerator.is_main_process:
         return
-    pipelines = {
-        name: build_pipeline(
-            config, model_from(config, tensors).to(training.accelerator.device), training.codec, training.class_names
-        )
-        for name, tensors in weights.items()
-    }
-    preview(config, pipelines, training.run / "previews" / f"step-{state.step:08d}.png", stopping)
+    path = training.run / "previews" / f"step-{state.step:08d}.png"
+    try:
+        models = {name: model_from(config, weights.pop(name)) for name in list(weights)}
+        preview(config, models, training.codec, training.class_names, path, stopping)
+    except Exception:
+        logger.warning("there is no preview of step %d", state.step, exc_info=True)
 
 
-def save(training: Training) -> None:
+def save(training: Training, with_pipeline: bool = True) -> None:
     """Copy the state and have it written, as a checkpoint and as a pipeline, while training goes on."""
     started = time.perf_counter()
-    training.writer.wait()  # for the last one, lest memory holds two
+    training.writer.join()  # lest memory holds two copies
 
     def export_pipeline(snapshot: Snapshot) -> None:
         model = model_from(training.config, snapshot.ema)
@@ -227,7 +248,7 @@ def save(training: Training) -> None:
 
     snapshot = training.state.snapshot()
     if training.accelerator.is_main_process:
-        training.writer.save(snapshot, export_pipeline)
+        training.writer.save(snapshot, export_pipeline if with_pipeline else None)
     training.metrics.write(training.state.step, checkpoint_stall_seconds=time.perf_counter() - started)
 
 
@@ -236,7 +257,7 @@ def finish(training: Training, stopped: bool) -> None:
     training.writer.wait()
     state, accelerator, run = training.state, training.accelerator, training.run
     stale = accelerator.is_main_process and not stopped and exported_step(run / "pipeline") != state.step
-    if accelerator.reduce(torch.tensor(float(stale), device=accelerator.device), "max").item():
+    if largest(accelerator, stale) != [0]:
         save(training)
         training.writer.wait()
     training.metrics.close()

@@ -50,7 +50,7 @@ class Reads(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.data.get(positions_to_indices(positions, len(self.data), seed=0))
 
 
-def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", shard_size: int = 16_384) -> None:
+def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", shard_size: int = 4096) -> None:
     """Write a folder of random latents; all shards hold the same ones, each in its own file.
 
     Args:
@@ -70,6 +70,7 @@ def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", sha
     Manifest(
         format_version=FORMAT_VERSION,
         source="synthetic",
+        source_fingerprint="none",
         source_settings={},
         class_names=tuple(map(str, range(CLASSES))),
         class_counts=tuple(labels.bincount(minlength=CLASSES).tolist()),
@@ -78,12 +79,12 @@ def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", sha
         dtype="float16",
         posterior=posterior,
         flips=False,
-        seed=0,
+        shard_size=shard_size,
         vae_id="none",
         vae_sha256="none",
         vae_config_sha256="none",
-        model_mean=(0.0,) * LATENT_SHAPE[0],
-        model_std=(1.0,) * LATENT_SHAPE[0],
+        latents_mean=(0.0,) * LATENT_SHAPE[0],
+        latents_std=(1.0,) * LATENT_SHAPE[0],
         shards=shards,
         labels_sha256=write_labels(folder, labels),
         broken=(),
@@ -117,7 +118,9 @@ def measure_speed(data: LatentDataset, batch: int, batches: int, repeats: int) -
         if what == "read":
             loader = DataLoader(Reads(data, batch), batch_size=None, sampler=range(last), num_workers=workers)
         else:
-            loader = MicroBatches(data, 0, batch, num_processes=1, rank=0).loader(0, last, num_workers=workers)
+            posterior = data.manifest.posterior == "mean_std"
+            batches_of = MicroBatches(data, 0, batch, num_processes=1, rank=0, posterior=posterior)
+            loader = batches_of.loader(0, last, num_workers=workers)
         step = functools.partial(consume, iter(loader), batches)
         # One after the other: the workers of two loaders would fill their queues at each other's expense.
         seconds = time_interleaved({what: step}, torch.device("cpu"), repeats)[what]
@@ -171,7 +174,7 @@ def table(record: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description="Time the reading of latents.")
-    parser.add_argument("--items", type=positive, default=200_000, help="latents in the set, 8 KiB each (mean_std: 16)")
+    parser.add_argument("--items", type=positive, default=1_000_000, help="latents, 8 KiB each (mean_std: 16)")
     parser.add_argument("--posterior", choices=("mean", "mean_std"), default="mean")
     parser.add_argument("--batch", type=positive, default=256, help="latents per batch")
     parser.add_argument("--batches", type=positive, default=80, help="per round")

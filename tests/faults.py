@@ -22,6 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
 Fault = Callable[[], None]
 Action = Callable[[], None]
 
@@ -147,6 +150,16 @@ def _run(arguments: list[str], environment: dict[str, str], fault: Fault | None,
 # --- faults: where
 
 
+def together(*faults: Fault) -> Fault:
+    """Several faults in one process."""
+    return functools.partial(_install_all, faults)
+
+
+def _install_all(faults: tuple[Fault, ...]) -> None:
+    for fault in faults:
+        fault()
+
+
 def at(where: str, call: int, action: Action, rank: int | None = None) -> Fault:
     """Do something just before the given call (1 is the first) of "module:function", or of "module:Class.method"."""
     return functools.partial(_install, where, call, action, rank)
@@ -213,6 +226,27 @@ def _install_nan(indices: tuple[int, ...]) -> None:
     batches.__getitem__ = faulty
 
 
+def fsdp2() -> None:
+    """Shard by FSDP2. Accelerate has none on CPUs, so its state is told of it; all that follows is the real thing."""
+    train_dit = importlib.import_module("train_dit")
+    original = train_dit.make_accelerator
+
+    def make_accelerator(config: Any) -> Any:
+        accelerator = original(config)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["IwinDiTBlock"],
+        )
+        for state in (PartialState, AcceleratorState):  # Accelerate copies the one's to the other's, every now and then
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    train_dit.make_accelerator = make_accelerator
+
+
 # --- faults: what
 
 
@@ -225,9 +259,9 @@ def _send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def raises(message: str) -> Action:
-    """A RuntimeError."""
-    return functools.partial(_raise, RuntimeError(message))
+def raises(message: str, kind: type[Exception] = RuntimeError) -> Action:
+    """An error."""
+    return functools.partial(_raise, kind(message))
 
 
 def runs_out_of_space() -> Action:

@@ -23,6 +23,8 @@ class Squares:
     """Forty random 8 x 8 images of two classes in four parts; some can be broken, all of them are counted."""
 
     description = "squares"
+    fingerprint = "forty"
+    num_ignored = 0
     class_names = ("even", "odd")
     num_parts = 4
     part_size = 10

@@ -241,7 +241,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path, saved):
     assert not left & {".tmp", "step-00000001", "step-00000002"}
 
 
-def test_going_on_from_an_earlier_one_abandons_the_later(saved, tmp_path, monkeypatch):
+def test_going_on_from_an_earlier_one_abandons_the_later(saved, tmp_path, monkeypatch, caplog):
     root, _ = saved
     monkeypatch.chdir(tmp_path)
     for resume in ("step-00000001", "checkpoints/step-00000001", str(root / "step-00000001")):
@@ -250,9 +250,13 @@ def test_going_on_from_an_earlier_one_abandons_the_later(saved, tmp_path, monkey
         with pytest.raises(ValueError, match=r"\(step-00000001, step-00000002\), got " + resume):
             find_checkpoint(root, resume)
     (root / "step-00000002.abandoned").mkdir()
+    (root / "step-00000002.abandoned-2").mkdir()
     abandon_after(root, 1)
     assert find_checkpoint(root, "latest") == root / "step-00000001"
-    assert (root / "step-00000002.abandoned" / "checkpoint.json").is_file()
+    assert (root / "step-00000002.abandoned-3" / "checkpoint.json").is_file()
+    assert (root / "step-00000002.abandoned-2").is_dir()  # nothing is deleted
+    assert "renamed to step-00000002.abandoned-3. " in caplog.text
+    assert "use --resume latest from now on" in caplog.text
 
 
 class Payload:
@@ -336,8 +340,9 @@ def test_a_full_disk(call, saved, monkeypatch):
     writer = CheckpointWriter(root, keep_last=1, asynchronous=False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(os.fsync, errno.ENOSPC, set(range(call, 100))))
+        writer.save(state.snapshot())
         with pytest.raises(CheckpointError, match="No space left on device") as error:
-            writer.save(state.snapshot())
+            writer.wait()
     needed = state.snapshot().nbytes()
     assert str(root / "step-00000003") in str(error.value)
     assert f" bytes are free there, {needed:,} needed" in str(error.value)
@@ -345,6 +350,7 @@ def test_a_full_disk(call, saved, monkeypatch):
     for name, content in before.items():
         assert_equal(tensors(find_checkpoint(root, name)), content)
     writer.save(state.snapshot())
+    writer.wait()
     assert names(root) == [3]
 
 
@@ -352,13 +358,15 @@ def test_an_error_inside_safetensors_is_understood(saved, no_pauses):
     """It comes without its number; here from a limit of the system's on the size of files."""
     root, state = saved
     train(state)
+    writer = CheckpointWriter(root, keep_last=1, asynchronous=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="File too large"):
-            CheckpointWriter(root, keep_last=1, asynchronous=False).save(state.snapshot())
+        writer.save(state.snapshot())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(CheckpointError, match="File too large"):
+        writer.wait()
     assert names(root) == [1, 2]
 
 
@@ -385,8 +393,28 @@ def test_a_disk_that_stores_something_else_is_found(saved, no_pauses, monkeypatc
             flip_a_byte(path)
 
     monkeypatch.setattr(os, "posix_fadvise", spoil)
+    writer = CheckpointWriter(root, keep_last=1, asynchronous=False)
+    writer.save(state.snapshot())
     with pytest.raises(CheckpointError, match=r"the disk holds something else than was written, .*ema\.safetensors"):
-        CheckpointWriter(root, keep_last=1, asynchronous=False).save(state.snapshot())
+        writer.wait()
+    assert names(root) == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_what_is_not_finite_is_not_written(part, saved, caplog):
+    """Neither is it tried again, nor does it push out a good checkpoint."""
+    root, state = saved
+    train(state)
+    snapshot = state.snapshot()
+    name, tensor = list(getattr(snapshot, part).items())[-1]
+    tensor.view(-1)[-1] = float("inf")
+    writer = CheckpointWriter(root, keep_last=1)
+    writer.save(snapshot, lambda snapshot: pytest.fail("nothing is exported"))
+    with pytest.raises(
+        CheckpointError, match=f"its weights are not finite, first {name} of {part}.safetensors; earlier"
+    ):
+        writer.wait()
+    assert "Trying again" not in caplog.text
     assert names(root) == [1, 2]
 
 
@@ -422,28 +450,44 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert state.step == 3
 
 
-@pytest.mark.parametrize("surfaces_in", ["save", "wait"])
-def test_an_error_in_the_background_surfaces(surfaces_in, tmp_path, monkeypatch):
-    state, writer = new_state(), CheckpointWriter(tmp_path, keep_last=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", failing(os.fsync, errno.ENOSPC, {0}))
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_training_outlives_failed_saves_until_there_are_three_in_a_row(asynchronous, tmp_path, monkeypatch, caplog):
+    state, writer = new_state(), CheckpointWriter(tmp_path, keep_last=9, asynchronous=asynchronous)
+    syncs, full = os.fsync, failing(os.fsync, errno.ENOSPC, set(range(100)))
+
+    def save(fsync) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
         writer.save(state.snapshot())
-        with pytest.raises(CheckpointError, match="No space left"):
-            writer.wait() if surfaces_in == "wait" else writer.save(state.snapshot())
-    assert list_checkpoints(tmp_path) == []
-    writer.save(state.snapshot())
-    writer.wait()
-    assert find_checkpoint(tmp_path, "latest")
+        writer.join()
+        state.step += 1
+
+    for fsync in (full, full, syncs, full, full, full):
+        save(fsync)
+        assert caplog.text.count("could not be written") == state.step - (state.step > 2)  # as it happens
+    assert names(tmp_path) == [2]
+    with pytest.raises(
+        CheckpointError, match=r"3 checkpoints in a row .* The last: .*step-00000005 could not .*No space"
+    ):
+        save(syncs)
+    with pytest.raises(CheckpointError, match=r"^checkpoint .*step-00000005 could not"):
+        writer.wait()
 
 
-def test_a_failed_export_leaves_the_checkpoint(tmp_path):
+def test_a_failed_export_leaves_the_checkpoint(tmp_path, caplog):
+    """Training goes on, however often; the end of the run is an error."""
+
     def export(snapshot):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    state, writer = new_state(), CheckpointWriter(tmp_path, keep_last=1, asynchronous=False)
-    with pytest.raises(CheckpointError, match=r"the export of checkpoint .*step-00000000 could not be written"):
+    state, writer = new_state(), CheckpointWriter(tmp_path, keep_last=1)
+    for state.step in range(5):
         writer.save(state.snapshot(), export)
-    assert find_checkpoint(tmp_path, "latest")
+    with pytest.raises(CheckpointError, match=r"the export of checkpoint .*step-00000004 could not be written"):
+        writer.wait()
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "step-00000004"
+    writer.save(state.snapshot())
+    writer.wait()
 
 
 # --- FSDP2

@@ -115,6 +115,8 @@ def test_given_statistics() -> None:
     assert codec.mean.tolist() == MEAN
     assert codec.std.tolist() == STD  # the scaling factor does not apply on top
     assert LatentCodec(kl(scaling_factor=1.0, latents_mean=MEAN, latents_std=STD), MEAN, STD).std.tolist() == STD
+    assert codec.given_statistics == {"latents_mean": MEAN, "latents_std": STD}  # what builds the same one again
+    assert LatentCodec(dc(scaling_factor=0.25)).given_statistics == {}
     with pytest.raises(ValueError, match="keep one"):
         LatentCodec(kl(scaling_factor=1.0, latents_mean=MEAN, latents_std=STD), MEAN, MEAN)
     with pytest.raises(ValueError, match="together"):
@@ -145,9 +147,12 @@ def test_fingerprint_sees_weights_and_statistics(tmp_path: object) -> None:
     fingerprint = LatentCodec(vae).fingerprint()
     assert LatentCodec(AutoencoderKL.from_pretrained(tmp_path)).fingerprint() == fingerprint
     assert LatentCodec(vae, MEAN, STD).fingerprint() != fingerprint
+    assert LatentCodec(vae, MEAN, STD).stored_fingerprint() == LatentCodec(vae).stored_fingerprint()
+    stored = LatentCodec(vae).stored_fingerprint()
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1
     assert LatentCodec(vae).fingerprint() != fingerprint
+    assert LatentCodec(vae).stored_fingerprint() != stored
 
 
 def test_config_fingerprint_forgets_where_the_vae_came_from(tmp_path: object) -> None:

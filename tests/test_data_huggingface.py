@@ -4,10 +4,12 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -108,8 +110,71 @@ def test_images_beside_the_data_set(tmp_path: Path, folder: Path) -> None:
         with pytest.raises(BrokenImageError, match=f"local/train row {i}: "):
             sample.read()
     name = write_unembedded(tmp_path / "remote", [{"bytes": None, "path": "hf://datasets/someone/something/a.png"}])
-    with pytest.raises(ValueError, match=r"train part 0 row 0 lies outside its file, at hf://.*set data.streaming to"):
+    with pytest.raises(
+        ValueError, match=r"train part 0 row 0 lies outside the data set, at hf://.*set data.streaming: "
+    ):
         list(open_like_a_config(name, streaming=True).samples(0))
+    name = write_unembedded(tmp_path / "address", [{"bytes": None, "path": "https://example.org/a.png"}])
+    with pytest.raises(ValueError, match=r"row 0 lies outside the data set, at https://.*; store the images' bytes"):
+        list(open_like_a_config(name).samples(0))
+
+
+def test_structs_of_bytes_and_path(tmp_path: Path, folder: Path) -> None:
+    """Parquet from elsewhere does not say that its structs are images."""
+    images = pyarrow.array([{"bytes": shade(5), "path": "a.png"}])
+    parquet.write_table(pyarrow.table({"image": images, "label": pyarrow.array([2])}), tmp_path / "train.parquet")
+    for streaming in (False, True):
+        (sample,) = open_like_a_config(f"hf:{tmp_path}", streaming=streaming).samples(0)
+        assert (sample.label, sample.read().getpixel((0, 0))) == (2, (5, 0, 0))
+
+
+def test_configurations(tmp_path: Path, folder: Path) -> None:
+    """Data sets with several of them name them in the card."""
+    card = "---\nconfigs:\n"
+    for name, rows in (("small", 1), ("large", 2)):
+        (tmp_path / name).mkdir()
+        build(rows).to_parquet(tmp_path / name / "train.parquet")
+        card += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+    (tmp_path / "README.md").write_text(card + "---\n")
+    assert len(list(open_like_a_config(f"hf:{tmp_path}", config="large").samples(0))) == 2
+    with pytest.raises(ValueError, match=r"(?s)Config name is missing.*\['small', 'large'\].*\(data.source_config\)"):
+        open_like_a_config(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_changed_files_are_another_source(streaming: bool, tmp_path: Path, folder: Path) -> None:
+    def fingerprint() -> str:
+        return open_like_a_config(f"hf:{tmp_path}", streaming=streaming).fingerprint
+
+    build(2).to_parquet(tmp_path / "train.parquet")
+    before = fingerprint()
+    assert fingerprint() == before
+    build(3).to_parquet(tmp_path / "train.parquet")
+    assert fingerprint() != before
+
+
+def test_a_commit_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub is asked for, and that another commit is another source; local files stand in for it."""
+    asked: list[tuple[Any, ...]] = []
+
+    def dataset_info(self: object, name: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        asked.append((name, revision))
+        return SimpleNamespace(sha=f"commit of {revision}")
+
+    def load_dataset(path: str, **settings: Any) -> Any:
+        asked.append((path, settings["revision"], settings["name"]))
+        return local(str(folder / "parquet"), split=settings["split"], streaming=settings["streaming"])
+
+    local = datasets.load_dataset
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    first, second = (
+        open_like_a_config("hf:someone/something", streaming=True, revision=revision, config="large").fingerprint
+        for revision in ("v1", None)
+    )
+    assert first != second
+    name = "someone/something"
+    assert asked == [(name, "v1"), (name, "v1", "large"), (name, None), (name, None, "large")]
 
 
 @pytest.mark.parametrize(("label", "message"), [(-1, "from 0 to 2 .* got -1 in .*row 1"), (None, "row 1 has no label")])
@@ -128,7 +193,9 @@ def test_labels_that_are_none(label: int | None, message: str, tmp_path: Path) -
         ("cache", {"streaming": True}, "cannot open hf:.*cache, split 'train'"),
         ("parquet", {"image_key": "img"}, r"data.image_key: .*\(image, label, caption\), got 'img'"),
         ("parquet", {"image_key": "caption"}, r"data.image_key: .* got 'caption', which is Value\('string'\)"),
-        ("parquet", {"label_key": "caption"}, r"data.label_key: .* got 'caption', which is Value\('string'\)"),
+        ("parquet", {"label_key": "caption"}, r"got 'caption', .*: dataset.class_encode_column\('caption'\).save_to"),
+        ("parquet", {"revision": "v1"}, r"data.source_revision is for data sets on the Hub; leave it out"),
+        ("saved", {"config": "small"}, r"data.source_config is not for a folder of save_to_disk; leave it out"),
     ],
 )
 def test_data_sets_that_are_refused(name: str, settings: dict[str, Any], message: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading folders of latents: shares, damage, what the folder does not hold, memory, and the order of epochs."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.data import anonymous_memory, write_synthetic
+from benchmarks.data import measure_memory, write_synthetic
 from iwin_dit.data import manifest
+from iwin_dit.data.facts import check_made_from
 from iwin_dit.data.latents import LatentDataset, LatentStore, check_fits, positions_to_indices
-from iwin_dit.data.manifest import Manifest
-from iwin_dit.data.prepare import check_made_from
+from iwin_dit.data.manifest import Manifest, Shard
+from iwin_dit.training.batches import MicroBatches
 from iwin_dit.training.data import share_of_process
 from tests.latent_folders import contents, extraction, small_codec
 
@@ -61,6 +63,8 @@ def test_reads_by_index(made):
     store = LatentStore(made)
     train, held_out = store.split(8, seed=0)
     assert (len(train), len(held_out)) == (32, 8)
+    latents, labels = train.get([])
+    assert (latents.shape, labels.shape) == ((0, 4, 4, 4), (0,))
     for bad in ([0, 32], [-1]):
         with pytest.raises(IndexError, match="from 0 to 31"):
             train.get(bad)
@@ -87,15 +91,15 @@ def test_a_node_needs_the_files_of_its_share_alone(made, folder):
             (folder / name).write_bytes((made / name).read_bytes())
         parts = LatentStore(folder, share, 3).split(8, seed=0)
         for part, of_all, images in zip(parts, both, seen, strict=True):
-            assert set(part.images // 5 % 3) <= {share}  # five images to a shard
+            assert set(part.images // 5 % 3) <= {share}  # five images to a shard, so they are dealt in turn
             same = np.flatnonzero(np.isin(of_all.images, part.images))
             assert torch.equal(part.get(range(len(part)))[0], of_all.get(same)[0])
             images += part.images.tolist()
     assert [sorted(images) for images in seen] == [dataset.images.tolist() for dataset in both]
 
     (folder / kept[2]).unlink()
-    rule = "share 2 of 3: the shards whose number in the manifest is 2 modulo 3"
-    with pytest.raises(ValueError, match=rf"lacks files \({rule}\):\n  {re.escape(kept[2])}$"):
+    rule = re.escape(f"(of share 2: what `python -m iwin_dit.data.manifest {folder} 2 3` prints)")
+    with pytest.raises(ValueError, match=rf"lacks files {rule}:\n  {re.escape(kept[2])}$"):
         LatentStore(folder, 2, 3)
     with pytest.raises(ValueError, match=r"lacks files:\n  0"):
         LatentStore(folder)
@@ -109,6 +113,41 @@ def test_the_files_of_a_share_are_listed_for_copying(made, capsys):
     with pytest.raises(SystemExit):
         manifest.main([str(made), "3", "3"])
     assert "got share 3 of 3" in capsys.readouterr().err
+
+
+def of_sizes(*counts: int) -> Manifest:
+    """A manifest of shards of so many images, and nothing else."""
+    blank = dict.fromkeys(field.name for field in dataclasses.fields(Manifest))
+    return Manifest(**{**blank, "shards": tuple(Shard(Shard.name(i, 0), n, "") for i, n in enumerate(counts))})
+
+
+def test_shares_hold_as_many_images(tmp_path, caplog):
+    """Parts of ten images in files of eight and two: dealt by number, one share would hold four times the other."""
+    assert [of_sizes(8, 2, 8, 2, 8, 2, 8, 2).share_of(k, 2) for k in range(2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [of_sizes(1, 9, 3, 3, 3).share_of(k, 2) for k in range(2)] == [[0, 1], [2, 3, 4]]
+    assert [of_sizes(*[4] * 7).share_of(k, 3) for k in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+
+    extraction(CODEC, tmp_path, shard_size=8).run()
+    visits = np.zeros(40, dtype=int)
+    for rank in range(2):
+        train, held_out = LatentStore(tmp_path, rank, 2).split(0, seed=0)
+        assert not len(held_out)
+        batches = MicroBatches(train, 0, 4, num_processes=2, rank=rank, shares=2)
+        for step in range(15):  # three epochs of forty, in steps of eight
+            indices = positions_to_indices(batches.positions(step) // 2, len(train), 0, rank)
+            np.add.at(visits, train.images[indices], 1)
+    assert visits.tolist() == [3] * 40
+    assert not caplog.text
+    LatentStore(tmp_path, 0, 3).split(0, seed=0)
+    assert "hold 12 to 16 training images, so those of the smallest are seen 33.3 % more often" in caplog.text
+
+
+def test_a_share_without_training_images_is_refused(made):
+    with pytest.raises(
+        ValueError, match=r"all images of share \d of 8 are held out: lower data.holdout or data.shares"
+    ):
+        for share in range(8):
+            LatentStore(made, share, 8).split(38, seed=0)
 
 
 def test_shares_go_to_consecutive_processes():
@@ -129,11 +168,8 @@ def test_a_pickled_dataset_carries_no_latents(made):
 def test_latents_are_mapped_not_loaded(tmp_path):
     write_synthetic(tmp_path, 4096, shard_size=1024)  # 32 MiB
     train, _ = LatentStore(tmp_path, verify=False).split(8, seed=0)
-    train.get(range(256))
-    before = anonymous_memory()
-    for start in range(0, 4000, 250):
-        train.get(range(start, start + 250))
-    assert anonymous_memory() - before < 8 << 20
+    memory = measure_memory(train, batch=250, reads=50_000)  # a dozen epochs
+    assert memory["highest"] - memory["first"] < 8 << 20
 
 
 # --- damage
@@ -223,13 +259,20 @@ def test_bad_manifests(folder, tmp_path):
     path = folder / "manifest.json"
     good = json.loads(path.read_text())
     for bad, message in (
-        ({**good, "format_version": 1}, "expected format version 2, got 1: delete the folder and extract again"),
+        ({**good, "format_version": 2}, "expected format version 3, got 2: delete the folder and extract again"),
         ({**good, "colour": "red"}, "colour"),
         ({key: value for key, value in good.items() if key != "vae_id"}, "vae_id"),
         ({**good, "dtype": "int8"}, "impossible values of dtype"),
+        ({**good, "resolution": "eight", "flips": "no"}, "unexpected types of resolution, flips$"),
+        ({**good, "resolution": True, "vae_id": None}, "unexpected types of resolution, vae_id$"),
+        ({**good, "class_counts": [20.0, 20]}, "unexpected types of class_counts"),
+        ({**good, "posterior": "all", "latent_shape": [4, 4]}, "unexpected types of latent_shape, posterior"),
+        ({**good, "source_settings": {"image_key": 1}}, "unexpected types of source_settings"),
+        ({**good, "shards": [{**good["shards"][0], "count": 40.0}]}, "unexpected types of shards"),
+        ({**good, "shards": [{**good["shards"][0], "file": "../x.safetensors", "count": 40}]}, "of file names"),
         ({**good, "class_counts": [1, 2]}, "impossible values of class_counts"),
         ({**good, "shards": []}, "shards"),
-        ({**good, "model_mean": [float("nan")] * 4}, "expected finite numbers, got NaN"),
+        ({**good, "latents_mean": [float("nan")] * 4}, "expected finite numbers, got NaN"),
     ):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):
@@ -244,7 +287,7 @@ def test_bad_manifests(folder, tmp_path):
 
 def test_check_fits_lists_each_difference(made):
     manifest = Manifest.load(made)
-    fitting = {"vae_sha256": CODEC.fingerprint(), "latent_channels": 4, "sample_size": (4, 4), "num_classes": 2}
+    fitting = {"vae_sha256": CODEC.stored_fingerprint(), "latent_channels": 4, "sample_size": (4, 4), "num_classes": 2}
     check_fits(manifest, **fitting)
     with pytest.raises(ValueError) as error:
         check_fits(manifest, vae_sha256="other", latent_channels=16, sample_size=(4, 8), num_classes=10)
@@ -255,16 +298,26 @@ def test_check_fits_lists_each_difference(made):
 
 
 def test_check_made_from_lists_each_difference(made):
-    manifest = Manifest.load(made)
-    same = {"data.source": "squares/", "data.resolution": 8, "data.flips": False, "data.class_names": ("even", "odd")}
-    check_made_from(made, manifest, same)
-    with pytest.raises(ValueError) as error:
-        check_made_from(made, manifest, {**same, "data.source": "circles", "data.posterior": "mean"})
-    listed = str(error.value).splitlines()[1:-1]
-    assert listed == [
+    there = dataclasses.asdict(Manifest.load(made))
+    same = {"source": "squares/", "source_settings": {}, "posterior": "mean_std", "flips": False, "dtype": "float16"}
+    check_made_from(made, there, same)
+    with pytest.raises(ValueError, match=r"latents in .* were made with other settings:\n") as error:
+        check_made_from(made, there, {**same, "source": "circles", "posterior": "sample", "flips": True})
+    assert str(error.value).splitlines()[1:-1] == [
         "  data.source: squares there, circles wanted",
-        "  data.posterior: mean_std there, mean wanted",
+        "  data.posterior: mean_std there, sample wanted",
+        "  data.flips: False there, True wanted",
     ]
+    with pytest.raises(ValueError, match=r"\n  data.image_key: None there, jpg wanted\n"):
+        check_made_from(made, there, {**same, "source_settings": {"image_key": "jpg"}})
+
+
+def test_latents_that_hold_more_serve_for_less(made):
+    there = {**dataclasses.asdict(Manifest.load(made)), "flips": True}
+    less = {"source": "squares", "source_settings": {}, "posterior": "mean", "flips": False}
+    check_made_from(made, there, less)
+    with pytest.raises(ValueError, match=r"were begun with .*\n  data.posterior: .*\n  data.flips: True there, False"):
+        check_made_from(made, there, less, finished=False)
 
 
 # --- the order of epochs
@@ -287,5 +340,5 @@ def test_positions_are_pure_and_epochs_are_permutations():
 
 def test_the_order_stays_what_it_was():
     """Or else a resumed run would see some images twice."""
-    epochs = [[7, 8, 4, 3, 5, 6, 2, 0, 1, 9], [7, 6, 1, 8, 5, 4, 2, 0, 3, 9]]
+    epochs = [[6, 0, 1, 8, 3, 5, 4, 9, 7, 2], [2, 4, 3, 5, 6, 0, 9, 1, 8, 7]]
     assert positions_to_indices(range(20), 10, seed=5).reshape(2, 10).tolist() == epochs

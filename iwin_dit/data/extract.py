@@ -8,6 +8,7 @@ barrier) or images encoded (`encode`). Letters: C latent channels, N images.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -25,7 +26,8 @@ from tqdm import tqdm
 
 from .codec import LatentCodec
 from .encode import EncodeSettings, PartEncoder
-from .manifest import FORMAT_VERSION, LABELS, MANIFEST, Manifest, Shard, differences, write_durably, write_json
+from .facts import check_made_from
+from .manifest import FORMAT_VERSION, LABELS, MANIFEST, Manifest, Shard, write_durably, write_json
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "unfinished"  # folder of plan and records, gone at the end
 PLAN = "plan.json"
 PATIENCE = 90.0  # seconds for a network file system to show what another machine wrote
+# What decides bytes, and yet does not make finished latents unfit.
+_ONLY_WHILE_UNFINISHED = ("vae_config_sha256", "packages")
 _PACKAGES = ("diffusers", "numpy", "pillow", "safetensors", "torch")
 
 
@@ -40,9 +44,10 @@ _PACKAGES = ("diffusers", "numpy", "pillow", "safetensors", "torch")
 class _Record:
     """What the manifest must know of a finished part."""
 
+    plan: str  # sha256 of the plan that it was made by
     shards: tuple[Shard, ...]
     class_counts: tuple[int, ...]
-    sums: tuple[float, ...]  # (C,), of the model latents
+    sums: tuple[float, ...]  # (C,), of the stored latents
     square_sums: tuple[float, ...]  # (C,)
     broken: tuple[str, ...]
 
@@ -80,20 +85,22 @@ class Extraction:
         self.encoder = PartEncoder(source, codec, settings, decode_threads, max_broken)
         self.source, self.out = source, out
         values = dataclasses.asdict(settings)
-        sizes = {name: values.pop(name) for name in ("shard_size", "batch_size")}
+        batch_size = values.pop("batch_size")
         self._facts: dict[str, Any] = {  # what the manifest says, too
             "source": source.description,
+            "source_fingerprint": source.fingerprint,
             "source_settings": dict(source_settings or {}),
             "class_names": source.class_names,
             "latent_shape": self.encoder.latent_shape,
             **values,
             "vae_id": vae_id,
-            "vae_sha256": codec.fingerprint(),
+            "vae_sha256": codec.stored_fingerprint(),
             "vae_config_sha256": codec.config_fingerprint(),
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         }
         # All that must stay the same between two starts, for them to end with the same bytes.
-        self._plan = {**self._facts, **sizes, "num_parts": source.num_parts}
+        self._plan = {**self._facts, "batch_size": batch_size, "num_parts": source.num_parts}
+        self._plan_sha256 = hashlib.sha256(json.dumps(self._plan).encode()).hexdigest()
 
     def run(self, rank: int = 0, world: int = 1, barrier: Callable[[], object] = lambda: None) -> None:
         """Encode what is missing and write the manifest; all processes call it.
@@ -118,6 +125,12 @@ class Extraction:
         barrier()  # nobody finishes a part before everybody has listed the missing ones
         if rank == 0:
             parts = f"{len(missing)} of {self.source.num_parts} part(s)"
+            if world > self.source.num_parts:
+                logger.warning(
+                    "%d processes for %d part(s) of %s, each done by one of them: lower data.shard_size (the size of a "
+                    "part), or, of tars and streamed files, give more and smaller ones (a part each)",
+                    *(world, self.source.num_parts, self.source.description),
+                )
             logger.info("%s: %s of %s to encode", self.out, parts, self.source.description)
         mine = missing[rank::world]
         title = "latents" if world == 1 else f"latents (process 0 of {world})"
@@ -162,25 +175,14 @@ class Extraction:
     def _missing_parts(self) -> list[int]:
         """Parts without a record, after comparing the plan: this process may have another VAE or other packages."""
         if (self.out / MANIFEST).is_file():
-            facts = {key: value for key, value in self._facts.items() if key != "packages"}
-            self._check_same(dataclasses.asdict(Manifest.load(self.out)), facts)
+            facts = {key: value for key, value in self._facts.items() if key not in _ONLY_WHILE_UNFINISHED}
+            check_made_from(self.out, dataclasses.asdict(Manifest.load(self.out)), facts)
             return []
         path = self.out / UNFINISHED / PLAN
         if not path.is_file():
             raise ValueError(f"expected {path}, which the main process wrote: do all machines see the same folder?")
-        self._check_same(json.loads(path.read_text(encoding="utf-8")), self._plan)
+        check_made_from(self.out, json.loads(path.read_text(encoding="utf-8")), self._plan, finished=False)
         return [part for part in range(self.source.num_parts) if not self._record_path(part).is_file()]
-
-    def _check_same(self, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Raise a ValueError that lists what of `now` is different `there`."""
-        differing = differences(there, now)
-        if differing:
-            raise ValueError(
-                f"the latents in {self.out} were begun with other settings:\n  "
-                + "\n  ".join(differing)
-                + "\nUse those "
-                "again, give another --data.latents, or delete that folder"
-            )
 
     def _record_path(self, part: int) -> Path:
         return self.out / UNFINISHED / f"{part:05d}.json"
@@ -191,12 +193,14 @@ class Extraction:
         shards: list[Shard] = []
         class_counts = np.zeros(len(self.source.class_names), dtype=np.int64)
         sums = np.zeros((2, self.encoder.latent_shape[0]))
-        for number, encoded in enumerate(self.encoder.shards(part, advance)):
-            path = self.out / f"{part:05d}-{number:03d}.safetensors"
+        for encoded in self.encoder.shards(part, advance):
+            path = self.out / Shard.name(part, len(shards))
             shards.append(write_shard(path, encoded.latents, encoded.labels))
             class_counts += np.bincount(encoded.labels.numpy(), minlength=len(class_counts))
             sums += encoded.sums
+            del encoded  # before the next one is made
         record = _Record(
+            plan=self._plan_sha256,
             shards=tuple(shards),
             class_counts=tuple(class_counts.tolist()),
             sums=tuple(sums[0].tolist()),
@@ -215,13 +219,13 @@ class Extraction:
             if not shards:
                 raise ValueError(f"no image of {self.source.description} could be read ({len(broken)} broken ones)")
             labels = torch.cat([load_file(self.out / shard.file)["labels"] for shard in shards])
-            mean, std = self._model_statistics(records)
+            mean, std = self._statistics(records)
             Manifest(
                 **self._facts,
                 format_version=FORMAT_VERSION,
                 class_counts=tuple(np.sum([record.class_counts for record in records], axis=0).tolist()),
-                model_mean=mean,
-                model_std=std,
+                latents_mean=mean,
+                latents_std=std,
                 shards=shards,
                 labels_sha256=write_labels(self.out, labels),
                 broken=tuple(broken),
@@ -242,11 +246,17 @@ class Extraction:
         for path in paths:
             fields = json.loads(path.read_text(encoding="utf-8"))
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-            records.append(_Record(shards, **{key: tuple(value) for key, value in fields.items()}))
+            plan = fields.pop("plan")
+            if plan != self._plan_sha256:
+                raise ValueError(
+                    f"{path} was written by a process of an earlier extraction with other settings, which maybe still "
+                    f"runs: end it, delete {self.out} and start again"
+                )
+            records.append(_Record(plan, shards, **{key: tuple(value) for key, value in fields.items()}))
         return records
 
-    def _model_statistics(self, records: Sequence[_Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the model latents per channel, over all images and views."""
+    def _statistics(self, records: Sequence[_Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the stored latents per channel, over all images and views."""
         images = sum(shard.count for record in records for shard in record.shards)
         count = images * self.encoder.stored_shape[0] * self.encoder.latent_shape[1] * self.encoder.latent_shape[2]
         mean = np.sum([record.sums for record in records], axis=0) / count

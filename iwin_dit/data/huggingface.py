@@ -4,6 +4,7 @@ The only file that imports `datasets` (extra `hf`). The library fetches, caches 
 `read_image` as everywhere else, and no code from a data set's repository runs. Knows nothing of what becomes of them.
 """
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from .images import BrokenImageError, read_image
-from .sources import Sample, check_label, choose_class_names, count_parts, number_names
+from .sources import Sample, check_label, choose_class_names, count_parts, files_fingerprint, number_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset
@@ -23,13 +24,16 @@ class HuggingFaceSource:
     """One split of a Hugging Face data set with an image and a label column.
 
     Parts are ranges of rows; of a streamed data set, its files. Class names are those of a `ClassLabel` column; other
-    label columns must be integers.
+    label columns must be integers. The fingerprint is the library's; of a streamed data set, the commit on the Hub or
+    names and sizes of the local files.
 
     Args:
         name: Name on the Hub, or a folder: of data files (Parquet and others), or of `Dataset.save_to_disk`.
         split: Which split.
+        revision: Commit, branch or tag on the Hub; None takes the newest commit.
+        config: Which configuration, of a data set that has several.
         streaming: Read the files as they come, instead of downloading and caching them all first.
-        image_key: Column of images or of encoded image bytes.
+        image_key: Column of images, of encoded image bytes, or of structs with `bytes` and `path`.
         label_key: Column of labels.
         class_names: Names by label; by default those of the data set, else the labels as text.
         num_classes: Number of classes, where the data set does not know it.
@@ -45,6 +49,8 @@ class HuggingFaceSource:
         name: str,
         *,
         split: str,
+        revision: str | None,
+        config: str | None,
         streaming: bool,
         image_key: str,
         label_key: str,
@@ -57,7 +63,8 @@ class HuggingFaceSource:
         except ImportError as error:
             raise ImportError('Hugging Face data sets need datasets: pip install "iwin-dit[hf]"') from error
         self.description = f"hf:{name}"
-        dataset = _load(name, split, streaming, part_size)
+        self.num_ignored = 0
+        dataset, self.fingerprint = _load(name, split, revision, config, streaming, part_size)
         _check_columns(self.description, dataset.features, image_key, label_key)
         label = dataset.features[label_key]
         if isinstance(label, datasets.ClassLabel):
@@ -97,7 +104,8 @@ class HuggingFaceSource:
             label = check_label(row[self._label_key], len(self.class_names), key)
             image = row[self._image_key] or {"bytes": None, "path": None}
             if image["bytes"] is None and "://" in (image["path"] or ""):
-                raise ValueError(f"{key} lies outside its file, at {image['path']}; set data.streaming to false")
+                remedy = "set data.streaming: false" if self._streamed else "store the images' bytes in the column"
+                raise ValueError(f"{key} lies outside the data set, at {image['path']}; {remedy}")
             yield Sample(key, label, partial(_read, image["bytes"], image["path"], key))
 
 
@@ -111,22 +119,36 @@ def _read(content: bytes | None, path: str | None, key: str) -> Image.Image:
     return read_image(file, key)
 
 
-def _load(name: str, split: str, streaming: bool, part_size: int) -> "Dataset | IterableDataset":
-    """Open one split, or raise a ValueError."""
+def _load(
+    name: str, split: str, revision: str | None, config: str | None, streaming: bool, part_size: int
+) -> tuple["Dataset | IterableDataset", str]:
+    """Open one split and identify its content, or raise a ValueError."""
     import datasets
 
-    is_saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    folder = Path(name)
+    is_saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
+        if revision is not None and folder.exists():
+            raise ValueError("data.source_revision is for data sets on the Hub; leave it out")
         if is_saved:
+            if config is not None:
+                raise ValueError("data.source_config is not for a folder of save_to_disk; leave it out")
             dataset = _split_of(datasets.load_from_disk(name), split).with_format(None)
-        else:
-            _check_hub(name)
-            dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+            fingerprint = dataset._fingerprint
+            if streaming:
+                dataset = dataset.to_iterable_dataset(count_parts(len(dataset), part_size))
+            return dataset, fingerprint
+        commit = _commit_on_hub(name, revision)
+        dataset = datasets.load_dataset(name, name=config, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot open hf:{name}, split {split!r}: {error}") from error
-    if streaming and is_saved:
-        return dataset.to_iterable_dataset(count_parts(len(dataset), part_size))
-    return dataset
+        hint = " (data.source_config)" if "Config name is missing" in str(error) else ""
+        raise ValueError(f"cannot open hf:{name}, split {split!r}: {error}{hint}") from error
+    if not streaming:
+        return dataset, dataset._fingerprint  # which depends on the commit, or on the local files and their times
+    if not folder.exists():
+        return dataset, hashlib.sha256(str(commit).encode()).hexdigest()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return dataset, files_fingerprint((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
 
 
 def _split_of(saved: "Dataset | DatasetDict", split: str) -> "Dataset":
@@ -137,12 +159,15 @@ def _split_of(saved: "Dataset | DatasetDict", split: str) -> "Dataset":
     return splits[split]
 
 
-def _check_hub(name: str) -> None:
-    """Raise a ValueError where the Hub is needed and does not answer: the library itself would try for 20 s or more."""
+def _commit_on_hub(name: str, revision: str | None) -> str | None:
+    """Commit of a data set on the Hub, None for a local one and without network.
+
+    A Hub that does not answer is a ValueError: the library itself would try for 20 s or more.
+    """
     if constants.HF_HUB_OFFLINE or Path(name).exists():
-        return
+        return None
     try:
-        HfApi().dataset_info(name, timeout=5)
+        return HfApi().dataset_info(name, revision=revision, timeout=5).sha
     except Exception as error:  # of the HTTP library, which is another one in each major release of the client
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{reason}; the name may be wrong; HF_HUB_OFFLINE=1 uses what is cached") from error
@@ -158,7 +183,12 @@ def _check_columns(source: str, features: "Features | None", image_key: str, lab
         if key not in features:
             raise ValueError(f"{setting}: expected a column of {source} ({', '.join(features)}), got {key!r}")
     image, label = features[image_key], features[label_key]
-    if not isinstance(image, datasets.Image) and getattr(image, "dtype", None) not in ("binary", "large_binary"):
+    is_struct = isinstance(image, dict) and set(image) == {"bytes", "path"}  # as Parquet from elsewhere has them
+    is_bytes = getattr(image, "dtype", None) in ("binary", "large_binary")
+    if not (isinstance(image, datasets.Image) or is_struct or is_bytes):
         raise ValueError(f"data.image_key: expected images or bytes in {source}, got {image_key!r}, which is {image}")
     if not getattr(label, "dtype", "").startswith(("int", "uint")):  # a ClassLabel is int64
-        raise ValueError(f"data.label_key: expected integers in {source}, got {label_key!r}, which is {label}")
+        raise ValueError(
+            f"data.label_key: expected integers in {source}, got {label_key!r}, which is {label}; for text, write "
+            f"it again with numbers: dataset.class_encode_column({label_key!r}).save_to_disk(folder)"
+        )

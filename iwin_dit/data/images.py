@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders Pillow may try: the rare ones are where its holes are
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: 256 MiB of RGB
+MAX_PIXELS = 128 * 2**20  # 384 MiB of RGB; more than the largest cameras, less than a decompression bomb
 
 
 class BrokenImageError(ValueError):
@@ -36,7 +36,7 @@ def read_image(file: Path | bytes, key: str) -> Image.Image:
     content = file if isinstance(file, bytes) else file.read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            # Pillow itself only warns up to twice this size, and its warning cannot be made an error for one thread.
+            # Pillow's own limit is a warning that cannot be made an error for one thread, and an error far above.
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all")
             return to_rgb(ImageOps.exif_transpose(image))

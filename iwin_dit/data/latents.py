@@ -6,6 +6,7 @@ P parts of a posterior as in `manifest`.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from .manifest import DTYPES, LABELS, Manifest, Shard, sha256
 from .sources import keyed_permutation, split_indices
 
+logger = logging.getLogger(__name__)
+
 _HASH_THREADS = 4
 _Tensors = dict[str, tuple[str, tuple[int, ...]]]  # safetensors' dtype and the shape of one image, by name
 
@@ -30,7 +33,7 @@ class LatentStore:
 
     Args:
         path: A folder that `Extraction` made.
-        share: Which share of the shards to read: those whose number is `share` modulo `shares`.
+        share: Which share of the shards to read, as `Manifest.share_of` deals them.
         shares: How many shares there are.
         verify: Read every shard of the share once, to check its sha256; else only size and header are checked.
 
@@ -66,13 +69,26 @@ class LatentStore:
             Both; the held-out one can be empty where there are many shares and few held-out images.
 
         Raises:
-            ValueError: `holdout` is out of range.
+            ValueError: `holdout` is out of range, or all images of this share are held out.
         """
-        here = np.zeros(len(self.labels), dtype=bool)
-        for number in self._rows:
-            here[self.ends[number] - self.manifest.shards[number].count : self.ends[number]] = True
+        share_of_shard = np.empty(len(self.ends), dtype=np.int64)
+        for share in range(self.shares):
+            share_of_shard[self.manifest.share_of(share, self.shares)] = share
+        shares = np.repeat(share_of_shard, [shard.count for shard in self.manifest.shards])  # of the images
         train, held_out = split_indices(self.labels.numpy(), holdout, seed)
-        return LatentDataset(self, train[here[train]]), LatentDataset(self, held_out[here[held_out]])
+        sizes = np.bincount(shares[train], minlength=self.shares)
+        if not sizes[self.share]:
+            raise ValueError(
+                f"all images of share {self.share} of {self.shares} are held out: lower data.holdout or data.shares"
+            )
+        if sizes.max() > 1.01 * sizes.min():
+            logger.warning(
+                "the shares of %s hold %d to %d training images, so those of the smallest are seen %.1f %% more often "
+                "than those of the largest; extract with a smaller data.shard_size, or lower data.shares",
+                *(self.path, sizes.min(), sizes.max(), 100 * (sizes.max() / max(1, sizes.min()) - 1)),
+            )
+        mine = shares == self.share
+        return LatentDataset(self, train[mine[train]]), LatentDataset(self, held_out[mine[held_out]])
 
     def read(self, images: np.ndarray, views: np.ndarray, parts: int) -> torch.Tensor:
         """Copy stored latents out of the shards.
@@ -89,13 +105,13 @@ class LatentStore:
             ValueError: A number is NaN or infinite, which no writer of ours stores.
         """
         dtype, shape = DTYPES[self.manifest.dtype][0], (len(images), parts, *self.manifest.latent_shape)
-        buffer = np.empty((len(images), int(np.prod(shape[1:])) * dtype.itemsize), dtype=np.uint8)
+        buffer = torch.empty(len(images), int(np.prod(shape[1:])) * dtype.itemsize, dtype=torch.uint8)
         shards = np.searchsorted(self.ends, images, side="right")
         rows = images - self.ends[shards]  # negative: counted from the end of the shard
-        for out, shard, row, view in zip(buffer, shards.tolist(), rows.tolist(), views.tolist(), strict=True):
+        for out, shard, row, view in zip(buffer.numpy(), shards.tolist(), rows.tolist(), views.tolist(), strict=True):
             out[:] = self._rows[shard][row, view, : buffer.shape[1]]
-        latents = torch.from_numpy(buffer).view(dtype).view(shape).float()
-        if not all(bound.isfinite() for bound in latents.aminmax()):
+        latents = buffer.view(dtype).view(shape).float()
+        if len(images) and not all(bound.isfinite() for bound in latents.aminmax()):
             broken = np.flatnonzero(~latents.isfinite().flatten(1).all(dim=1).numpy())
             places = [f"{self.manifest.shards[shards[i]].file}: latents of image {images[i]}" for i in broken]
             raise ValueError(f"expected finite latents in {self.path}, got NaN or infinity:\n  " + "\n  ".join(places))
@@ -132,7 +148,7 @@ class LatentDataset:
         """Read a batch.
 
         Args:
-            indices: B integers from 0 to N - 1, in any order, repeated or not.
+            indices: B integers from 0 to N - 1, in any order, repeated or not; B may be 0.
             flips: (B,) booleans, which images to read mirrored; none by default.
             noise: (B, C, h, w) standard normal, to draw from the posterior with; its mean by default. Only for
                 posterior "mean_std".
@@ -165,7 +181,7 @@ def _check_files(folder: Path, manifest: Manifest, share: int, shares: int, veri
     """Raise a ValueError that lists what a share lacks, or else what differs from the manifest."""
     missing = [file for file in manifest.files(share, shares) if not (folder / file).is_file()]
     if missing:
-        rule = f" (share {share} of {shares}: the shards whose number in the manifest is {share} modulo {shares})"
+        rule = f" (of share {share}: what `python -m iwin_dit.data.manifest {folder} {share} {shares}` prints)"
         raise ValueError(f"{folder} lacks files{rule if shares > 1 else ''}:\n  " + "\n  ".join(missing))
     stored: _Tensors = {"latents": (DTYPES[manifest.dtype][1], manifest.stored_shape)}
     checks: list[tuple[Shard, _Tensors]] = [(Shard(LABELS, manifest.count, manifest.labels_sha256), {})]
@@ -202,7 +218,7 @@ def check_fits(
 
     Args:
         manifest: The latents' manifest.
-        vae_sha256: `LatentCodec.fingerprint` of the VAE that the samples will be decoded with.
+        vae_sha256: `LatentCodec.stored_fingerprint` of the VAE that the samples will be decoded with.
         latent_channels: Channels C that the model takes.
         sample_size: Height and width of the latents that the model is built for.
         num_classes: Classes that the model knows, without the null class.

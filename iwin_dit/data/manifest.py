@@ -13,16 +13,21 @@ names, fields and how files are made durable; knows neither writer nor reader. L
 import argparse
 import dataclasses
 import hashlib
+import heapq
 import json
 import os
+import re
+import socket
 import textwrap
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 LABELS = "labels.safetensors"
 
@@ -49,6 +54,11 @@ class Shard:
     count: int
     sha256: str
 
+    @staticmethod
+    def name(part: int, number: int) -> str:
+        """Name of the file of a part, by its number there."""
+        return f"{part:05d}-{number:03d}.safetensors"
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -57,7 +67,8 @@ class Manifest:
     Attributes:
         format_version: Of the folder; another one is refused.
         source: Where the images came from, as `ImageSource.description` says it.
-        source_settings: What of that source was read: split, keys of image and label; None where it has none.
+        source_fingerprint: `ImageSource.fingerprint`.
+        source_settings: What of that source was read: split, keys of image and label and so on; None where it has none.
         class_names: Names by label.
         class_counts: Images stored per class, by label.
         resolution: Side of the images, in pixels.
@@ -65,12 +76,12 @@ class Manifest:
         dtype: Of the latents on disk, a key of `DTYPES`.
         posterior: What of the VAE's posterior is stored: its mean, one sample, or mean and standard deviation.
         flips: The mirror images are stored too.
-        seed: Key of the noise of posterior "sample"; without effect on the others.
+        shard_size: Images per file, at most.
         vae_id: The folder or Hub id of the VAE.
-        vae_sha256: `LatentCodec.fingerprint` of the VAE.
+        vae_sha256: `LatentCodec.stored_fingerprint` of the VAE.
         vae_config_sha256: `LatentCodec.config_fingerprint` of the VAE.
-        model_mean: C means of the *model* latents over everything: about 0 if the VAE's statistics suit the data.
-        model_std: C standard deviations of the same; about 1.
+        latents_mean: C means of the stored latents, over all images, views and cells.
+        latents_std: C standard deviations of the same; for "mean_std" with the posterior's variance.
         shards: The files, in the order of the images.
         labels_sha256: Of `labels.safetensors`.
         broken: Keys of the images that were skipped; every count in the manifest is of what is stored.
@@ -79,6 +90,7 @@ class Manifest:
 
     format_version: int
     source: str
+    source_fingerprint: str
     source_settings: dict[str, str | None]
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
@@ -87,12 +99,12 @@ class Manifest:
     dtype: str
     posterior: Posterior
     flips: bool
-    seed: int
+    shard_size: int
     vae_id: str
     vae_sha256: str
     vae_config_sha256: str
-    model_mean: tuple[float, ...]
-    model_std: tuple[float, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
     shards: tuple[Shard, ...]
     labels_sha256: str
     broken: tuple[str, ...]
@@ -109,7 +121,9 @@ class Manifest:
         return stored_shape(self.latent_shape, self.posterior, self.flips)
 
     def share_of(self, share: int, shares: int) -> list[int]:
-        """Numbers of the shards of one share: shard i belongs to share i % shares.
+        """Numbers of the shards of one share: the largest first, each goes to the share with the fewest images so far.
+
+        Ties go by number, so that shards of one size are dealt in turn.
 
         Args:
             share: Which, from 0.
@@ -126,7 +140,14 @@ class Manifest:
                 f"expected a share of 0 to shares - 1 and at most {len(self.shards)} shares, one per shard; got share "
                 f"{share} of {shares}"
             )
-        return list(range(share, len(self.shards), shares))
+        loads = [(0, number) for number in range(shares)]  # images and number of each share, a heap
+        mine = []
+        for number in sorted(range(len(self.shards)), key=lambda i: (-self.shards[i].count, i)):
+            images, least = loads[0]
+            heapq.heapreplace(loads, (images + self.shards[number].count, least))
+            if least == share:
+                mine.append(number)
+        return sorted(mine)
 
     def files(self, share: int = 0, shares: int = 1) -> list[str]:
         """List the files that a node needs to read one share.
@@ -184,18 +205,39 @@ class Manifest:
 
     def _check_values(self) -> None:
         """Raise a ValueError for what would be misread later, far from here."""
+        hints = typing.get_type_hints(Manifest)
+        of_other_types = [name for name, hint in hints.items() if not _is_of_type(getattr(self, name), hint)]
+        if of_other_types:
+            raise ValueError(f"unexpected types of {', '.join(of_other_types)}")
         channels, classes = self.latent_shape[0], len(self.class_names)
         checks = {
             "dtype": self.dtype in DTYPES,
-            "posterior": self.posterior in ("mean", "sample", "mean_std"),
-            "latent_shape": len(self.latent_shape) == 3 and min(self.latent_shape) > 0,
+            "latent_shape": min(self.latent_shape) > 0,
             "class_counts": len(self.class_counts) == classes and sum(self.class_counts) == self.count,
-            "model_mean and model_std": len(self.model_mean) == len(self.model_std) == channels,
+            "latents_mean and latents_std": len(self.latents_mean) == len(self.latents_std) == channels,
             "shards": bool(self.shards) and all(shard.count > 0 for shard in self.shards),
+            "file names": all(re.fullmatch(r"\d{5,}-\d{3,}\.safetensors", shard.file) for shard in self.shards),
         }
         wrong = [name for name, holds in checks.items() if not holds]
         if wrong:
             raise ValueError(f"impossible values of {', '.join(wrong)}")
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Whether a value is what a field's annotation says; unlike for `isinstance`, true and false are no integers."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is types.UnionType:
+        return any(_is_of_type(value, argument) for argument in arguments)
+    if isinstance(value, tuple) and origin is tuple:
+        expected = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(expected) and all(map(_is_of_type, value, expected))
+    if isinstance(value, dict) and origin is dict:
+        return all(_is_of_type(k, arguments[0]) and _is_of_type(v, arguments[1]) for k, v in value.items())
+    if dataclasses.is_dataclass(value) and type(value) is hint:
+        return all(_is_of_type(getattr(value, name), field) for name, field in typing.get_type_hints(hint).items())
+    return type(value) is hint
 
 
 def stored_shape(
@@ -247,7 +289,7 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> str:
     Returns:
         sha256 of what was written, read back from the file.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
     write(temporary)

@@ -1,4 +1,4 @@
-"""From the names in a configuration to an open VAE, made where it is the digits' and missing; checks of latents.
+"""From the names in a configuration to an open VAE, made where it is the digits' and missing.
 
 Knows nothing of the configuration itself: it takes the values, and names them as the user does (`data.source`).
 """
@@ -6,15 +6,17 @@ Knows nothing of the configuration itself: it takes the values, and names them a
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
+import diffusers
 import torch
 from diffusers import AutoModel, ModelMixin
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from .digits import Digits, train_digits_vae
-from .manifest import Manifest, differences, write_json
+from .manifest import differences, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def open_vae(path_or_id: str) -> ModelMixin:
         The VAE in float32, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: If there is no VAE.
+        ValueError: If there is no VAE, or its weights are no safetensors, damaged, or not those of its class.
     """
     path, subfolder = Path(path_or_id), None
     if path.exists():
@@ -48,14 +50,46 @@ def open_vae(path_or_id: str) -> ModelMixin:
             path = path / "vae"
         if not (path / "config.json").is_file():
             raise ValueError(f"expected a VAE folder with config.json and weights, got {path}")
+        _check_weights(path)
     elif path_or_id.count("/") == 2:
         path_or_id, subfolder = path_or_id.rsplit("/", 1)
     name = str(path) if path.exists() else path_or_id
     try:
-        vae = AutoModel.from_pretrained(name, subfolder=subfolder, dtype=torch.float32)
-    except OSError as error:  # what the Hub client raises for an unknown id or a missing network
-        raise ValueError(f"expected a VAE folder or a reachable Hub id, got {path_or_id!r}: {error}") from error
+        # The class that the config names, since AutoModel has no output_loading_info.
+        class_name = str(AutoModel.load_config(name, subfolder=subfolder).get("_class_name"))
+        vae_class = getattr(diffusers, class_name, None)
+        if vae_class is None or not issubclass(vae_class, ModelMixin):
+            raise ValueError(f"its config is of {class_name!r}, which is no model of diffusers")
+        vae, info = vae_class.from_pretrained(
+            name, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        # OSError is what the Hub client raises for an unknown id, a missing network or weights that are no safetensors;
+        # the others come from weights of wrong shapes.
+        what = "a VAE folder" if path.exists() else "a VAE folder, or a reachable Hub id with safetensors weights"
+        raise ValueError(f"expected {what}, got {path_or_id!r}: {error}") from error
+    wrong = [f"{kind}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    if wrong:
+        raise ValueError(f"the weights in {path_or_id!r} are not those of {type(vae).__name__}: {'; '.join(wrong)}")
     return vae.eval().requires_grad_(False)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise a ValueError for a VAE folder whose weights are no safetensors, or damaged ones."""
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = [path for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    if not files and pickles:
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code, and is not read. If you trust it, convert it: python -c "
+            f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{pickles[0]}', "
+            f"weights_only=True), '{folder / 'diffusion_pytorch_model.safetensors'}')\""
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}, {file.stat().st_size} bytes): get it again") from error
 
 
 def make_digits_vae(folder: Path, holdout: int | float, split_seed: int) -> None:
@@ -71,13 +105,16 @@ def make_digits_vae(folder: Path, holdout: int | float, split_seed: int) -> None
     """
     split = {"data.holdout": holdout, "data.split_seed": split_seed}
     if not folder.exists():
-        logger.info("training the digits VAE into %s", folder)
-        staging = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        train_digits_vae(Digits(), holdout, split_seed).save_pretrained(staging)
-        write_json(staging / SPLIT, split)
-        staging.rename(folder)
-    elif (folder / SPLIT).is_file():  # a VAE that came from elsewhere has seen no digits of ours
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two runs that start together, one trains it
+            if not folder.exists():
+                logger.info("training the digits VAE into %s", folder)
+                staging = folder.with_name(f".{folder.name}.tmp")
+                shutil.rmtree(staging, ignore_errors=True)
+                train_digits_vae(Digits(), holdout, split_seed).save_pretrained(staging)
+                write_json(staging / SPLIT, split)
+                staging.rename(folder)
+    if (folder / SPLIT).is_file():  # a VAE that came from elsewhere has seen no digits of ours
         made = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
         differing = differences(made, split)
         if differing:
@@ -85,32 +122,3 @@ def make_digits_vae(folder: Path, holdout: int | float, split_seed: int) -> None
                 f"the digits VAE in {folder} was trained with another split:\n  " + "\n  ".join(differing) + "\nGive "
                 "another --data.vae and --data.latents, or delete both folders to have them made again"
             )
-
-
-def check_made_from(folder: Path, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
-    """Check that a folder of latents was made with the settings that a configuration asks for.
-
-    Args:
-        folder: The folder, for the message.
-        manifest: Its manifest.
-        wanted: Values by name, as the user writes them: data.source and so on.
-
-    Raises:
-        ValueError: They differ; every difference is listed.
-    """
-    made = {
-        "data.source": str(Path(manifest.source)),
-        **{f"data.{name}": value for name, value in manifest.source_settings.items()},
-        "data.class_names": manifest.class_names,
-        "data.resolution": manifest.resolution,
-        "data.posterior": manifest.posterior,
-        "data.flips": manifest.flips,
-        "data.latents_dtype": manifest.dtype,
-    }
-    wanted = {**wanted, "data.source": str(Path(wanted["data.source"]))}  # `photos` and `photos/` are one folder
-    differing = differences(made, wanted)
-    if differing:
-        raise ValueError(
-            f"the latents in {folder} were made with other settings:\n  " + "\n  ".join(differing) + "\nGive another "
-            "--data.latents, or delete that folder to have them made again"
-        )

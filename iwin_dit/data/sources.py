@@ -5,7 +5,10 @@ to and nothing here knows of sizes, latents, VAEs or models. The other sources (
 build on this file; `open_source` alone looks back at them. Letter: N number of images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +16,11 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.folder import find_classes
 
 from .images import EXTENSIONS, read_image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,20 @@ class ImageSource(Protocol):
         """Where the images come from: `data.source` as the user gives it."""
 
     @property
+    def fingerprint(self) -> str:
+        """Identify the content, as far as that is known without reading it: other images, another one."""
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names by label."""
 
     @property
     def num_parts(self) -> int:
         """Count the parts, at least 1."""
+
+    @property
+    def num_ignored(self) -> int:
+        """Count the files whose names say that they are no images; 0 for sources that are not folders of files."""
 
     def samples(self, part: int) -> Iterator[Sample]:
         """Yield the samples of one part: always the same ones in the same order, labels in range."""
@@ -56,7 +69,8 @@ class ImageSource(Protocol):
 class ImageFolder:
     """A folder of class folders of images: `root/<class name>/**/*.png`.
 
-    Labels number the class folders in sorted order. Files that are not named as images are left alone.
+    Labels number the class folders in sorted order. Files that are not named as images are left alone, and counted in
+    a warning. The fingerprint is of the images' paths below `root` and their sizes.
 
     Args:
         root: The folder that holds the class folders.
@@ -73,15 +87,26 @@ class ImageFolder:
             raise ValueError(f"expected a folder of class folders, got {root}, which is not a folder")
         if not any(entry.is_dir() for entry in root.iterdir()):
             raise ValueError(f"expected class folders in {root} (root/<class name>/image.png), found no folder there")
-        names, class_to_index = find_classes(str(root))
-        self._samples = make_dataset(str(root), class_to_index, extensions=EXTENSIONS, allow_empty=True)
+        names, _ = find_classes(str(root))
+        files = [(path, label) for label, name in enumerate(names) for path in _list_files(root / name)]
+        self._samples = [(path, label) for path, label in files if path.lower().endswith(EXTENSIONS)]
         empty = sorted(set(range(len(names))) - {label for _, label in self._samples})
         if empty:
             raise ValueError(
                 f"no images ({', '.join(EXTENSIONS)}) in these class folders of {root}: "
                 f"{', '.join(names[label] for label in empty)}; fill or remove them"
             )
+        ignored = [path for path, _ in files if not path.lower().endswith(EXTENSIONS)]
+        self.num_ignored = len(ignored)
+        if ignored:
+            logger.warning(
+                "%d files in %s are not named as images (%s) and are left out: %s%s",
+                *(len(ignored), root, ", ".join(EXTENSIONS), ", ".join(ignored[:3]), ", ..." if ignored[3:] else ""),
+            )
         self.description = str(root)
+        self.fingerprint = files_fingerprint(
+            (Path(path).relative_to(root).as_posix(), Path(path).stat().st_size) for path, _ in self._samples
+        )
         self.class_names = choose_class_names(class_names, tuple(names), self.description)
         self._part_size = part_size
         self.num_parts = count_parts(len(self._samples), part_size)
@@ -92,10 +117,31 @@ class ImageFolder:
             yield Sample(path, label, partial(read_image, Path(path), path))
 
 
+def _list_files(folder: Path) -> Iterator[str]:
+    """Paths of the files below a folder that are not hidden, in the order of folder and name."""
+    for place, _, files in sorted(os.walk(folder, followlinks=True)):
+        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))  # noqa: PTH118
+
+
+def files_fingerprint(files: Iterable[tuple[str, int]]) -> str:
+    """Identify a set of files by what a listing of them says.
+
+    Args:
+        files: Name and size in bytes of each, in any order.
+
+    Returns:
+        A sha256 in hex.
+    """
+    listing = "\n".join(f"{size} {name}" for name, size in sorted(files))
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
+
 def open_source(
     source: str,
     *,
     split: str,
+    revision: str | None,
+    config: str | None,
     streaming: bool,
     image_key: str | None,
     label_key: str | None,
@@ -109,6 +155,8 @@ def open_source(
         source: "digits"; a folder of class folders; WebDataset tars as "a.tar", "{00000..00099}.tar" or "*.tar"; or
             "hf:" with the name or folder of a Hugging Face data set.
         split: Split of a Hugging Face data set; "train" for the other sources, which have none.
+        revision: Commit, branch or tag of a data set on the Hub; None takes the newest.
+        config: Configuration of a Hugging Face data set that has several.
         streaming: Read a Hugging Face data set as it comes, instead of downloading it first.
         image_key: Image column of a Hugging Face data set (default "image"), or extension of the images in the tars
             (default: any image extension).
@@ -134,6 +182,8 @@ def open_source(
         return HuggingFaceSource(
             source.removeprefix("hf:"),
             split=split,
+            revision=revision,
+            config=config,
             streaming=streaming,
             image_key=image_key or "image",
             label_key=label_key or "label",
@@ -141,7 +191,13 @@ def open_source(
             num_classes=num_classes,
             part_size=part_size,
         )
-    _refuse("a Hugging Face data set (hf:...)", source, {"source_split": split != "train", "streaming": streaming})
+    hub_settings = {
+        "source_split": split != "train",
+        "source_revision": revision is not None,
+        "source_config": config is not None,
+        "streaming": streaming,
+    }
+    _refuse("a Hugging Face data set (hf:...)", source, hub_settings)
     if source.endswith(".tar"):
         from .webdataset import WebDataset
 
@@ -226,12 +282,14 @@ def keyed_permutation(size: int, *key: int) -> np.ndarray:
 
     Args:
         size: Length of the permutation.
-        *key: Non-negative integers; every key has its own permutation.
+        *key: Integers from 0 to 2**64 - 1. Keys of other numbers, or of more of them, seed other streams.
 
     Returns:
         The permutation (size,), int64.
     """
-    return np.argsort(np.random.PCG64(key).random_raw(size), kind="stable")
+    # Of fixed length, and its length first: numpy pads a seed with zeros, and runs the words of large numbers together.
+    words = np.array([len(key), *key], dtype="<u8").view("<u4")
+    return np.argsort(np.random.PCG64(words).random_raw(size), kind="stable")
 
 
 def split_indices(labels: Sequence[int] | np.ndarray, holdout: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +299,7 @@ def split_indices(labels: Sequence[int] | np.ndarray, holdout: float | int, seed
 
     Args:
         labels: Class of each image, N values.
-        holdout: Number of held-out images (int), or their share (float, in (0, 1)).
+        holdout: Number of held-out images (int), or their share (float below 1); 0 holds out none.
         seed: Key of the choice.
 
     Returns:
@@ -253,12 +311,12 @@ def split_indices(labels: Sequence[int] | np.ndarray, holdout: float | int, seed
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     total = round(holdout * len(labels)) if isinstance(holdout, float) else holdout
     spare = counts - 1  # what a class can give and keep a training image
-    if not 1 <= total <= spare.sum():
+    if not 0 <= total <= spare.sum() or (total == 0) != (holdout == 0):
         raise ValueError(
             f"expected a holdout of 1 to {spare.sum()} images (of {len(labels)}, every class keeps one for training), "
-            f"got {holdout}, which is {total} images"
+            f"or 0, got {holdout}, which is {total} images"
         )
-    quota = spare * total / spare.sum()
+    quota = spare * total / max(1, spare.sum())  # where every class has one image, nothing can be held out
     share = np.floor(quota).astype(np.int64)
     share[np.argsort(share - quota, kind="stable")[: total - share.sum()]] += 1  # the largest remainders
     held_out = np.zeros(len(labels), dtype=bool)

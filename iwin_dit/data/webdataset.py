@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .images import EXTENSIONS, read_image
-from .sources import Sample, check_label
+from .sources import Sample, check_label, files_fingerprint
 
 _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}  # what the webdataset library would unpickle
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -33,7 +33,8 @@ class WebDataset:
     """Images and labels in tars; each tar is a part.
 
     A sample's members must follow each other, as in every WebDataset. Members of other extensions are left alone, and
-    so are directories and names without a key or an extension (`.DS_Store`).
+    so are directories and names without a key or an extension (`.DS_Store`). The fingerprint is of the tars' names and
+    sizes.
 
     Args:
         pattern: Path of a tar, with ranges (`{00000..00099}`, every one of which must exist) or as a glob (`*.tar`).
@@ -50,7 +51,9 @@ class WebDataset:
     ) -> None:
         self.description = pattern
         self.class_names = class_names
+        self.num_ignored = 0
         self._tars = find_tars(pattern)
+        self.fingerprint = files_fingerprint((tar.name, tar.stat().st_size) for tar in self._tars)
         self.num_parts = len(self._tars)
         self._image_extensions = (
             {extension.removeprefix(".") for extension in EXTENSIONS} if image_extension is None else {image_extension}

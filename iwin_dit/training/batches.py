@@ -46,12 +46,24 @@ class MicroBatches(Dataset[Batch]):
         num_processes: Processes in the run; K divides it.
         rank: This process.
         shares: Number of shares K.
+        flips: Take the mirror image of half the samples, where it is stored.
+        posterior: Sample the VAE's posterior, where its deviation is stored; else take its mean.
     """
 
     def __init__(
-        self, data: LatentDataset, seed: int, micro_batch: int, num_processes: int, rank: int, shares: int = 1
+        self,
+        data: LatentDataset,
+        seed: int,
+        micro_batch: int,
+        num_processes: int,
+        rank: int,
+        *,
+        shares: int = 1,
+        flips: bool = False,
+        posterior: bool = False,
     ) -> None:
         self.data, self.seed, self.shares = data, seed, shares
+        self.flips, self.posterior = flips, posterior
         self.micro_batch, self.num_processes = micro_batch, num_processes
         self.share, self.member = divmod(rank, num_processes // shares)
 
@@ -64,9 +76,8 @@ class MicroBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         positions = self.positions(index)
         indices = positions_to_indices(positions // self.shares, len(self.data), self.seed, self.share)
-        manifest = self.data.manifest
-        draws = keyed_draws(self.seed, positions, manifest.latent_shape, posterior=manifest.posterior == "mean_std")
-        flips = draws.flips if manifest.flips else None
+        draws = keyed_draws(self.seed, positions, self.data.manifest.latent_shape, posterior=self.posterior)
+        flips = draws.flips if self.flips else None
         latents, class_labels = self.data.get(indices, flips=flips, noise=draws.posterior)
         return Batch(latents, class_labels, draws.noise, draws.times, draws.drops)
 
@@ -94,20 +105,18 @@ class MicroBatches(Dataset[Batch]):
         )
 
 
-def validation_batch(data: LatentDataset, seed: int, indices: np.ndarray, share: int = 0, shares: int = 1) -> Batch:
+def validation_batch(data: LatentDataset, seed: int, indices: np.ndarray) -> Batch:
     """Build a batch of held-out latents, at the posterior's mean and unflipped, with the same numbers every time.
 
     Args:
         data: Held-out latents of a share.
-        seed: Of the run.
-        indices: (B,) which of them.
-        share: The share.
-        shares: Number of shares.
+        seed: Of the held-out split, and not of the run, so that runs compare.
+        indices: (B,) which of them; an image's random numbers are keyed by its place in the store.
 
     Returns:
         The batch; `drops` is 1, so that no label is dropped.
     """
     latents, class_labels = data.get(indices)
-    positions = (indices * shares + share).astype(np.uint64) + np.uint64(VALIDATION_STREAM)
+    positions = data.images[indices].astype(np.uint64) + np.uint64(VALIDATION_STREAM)
     draws = keyed_draws(seed, positions, latents.shape[1:])
     return Batch(latents, class_labels, draws.noise, draws.times, torch.ones(len(indices)))

@@ -39,10 +39,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 PAUSES = (1.0, 5.0)  # seconds between the tries of a save: network file systems fail now and then
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # errors that another try doesn't mend
+MAX_FAILURES = 3  # checkpoints in a row
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are untouched."""
+    """Checkpoints could not be written; earlier ones are untouched."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class CheckpointWriter:
     """Writes snapshots in the background, one at a time; of one process, which holds the run's lock.
 
+    A checkpoint that cannot be written is logged at once, and training goes on: the next may succeed.
+
     Args:
         root: Folder of the checkpoints.
         keep_last: How many of the newest to keep, at least 1.
@@ -164,40 +167,58 @@ class CheckpointWriter:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
         self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
+        self._problem: str | None = None  # of the last save
+        self._failures = 0  # checkpoints in a row, up to the last
 
     def save(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None = None) -> None:
         """Write a checkpoint, then remove old ones, then export; first wait for the previous one.
 
         Args:
-            snapshot: What to write.
+            snapshot: What to write; it is refused if it is not finite.
             export: Writes what others use, from the same snapshot.
 
         Raises:
-            CheckpointError: If the previous one (or, where not asynchronous, this one) could not be written.
+            CheckpointError: If the last `MAX_FAILURES` checkpoints could not be written.
         """
-        self.wait()
+        self.join()
+        if self._failures == MAX_FAILURES:
+            raise CheckpointError(
+                f"{MAX_FAILURES} checkpoints in a row could not be written. The last: {self._problem}"
+            )
         if self._executor is None:
             self._write(snapshot, export)
         else:
             self._pending = self._executor.submit(self._write, snapshot, export)
 
+    def join(self) -> None:
+        """Return when nothing is being written, whether or not that succeeded."""
+        if self._pending is not None:
+            self._pending.result()
+
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Return when nothing is being written; for the end of a run.
 
         Raises:
-            CheckpointError: If what was being written could not be.
+            CheckpointError: If the last checkpoint, or its export, could not be written.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        self.join()
+        if self._problem is not None:
+            raise CheckpointError(self._problem)
 
     def _write(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None) -> None:
         final = self.root / checkpoint_name(snapshot.step)
-        _persist(lambda: _commit(snapshot, final), f"checkpoint {final}", self.root, snapshot.nbytes())
+        self._problem = _write_checkpoint(snapshot, final)
+        if self._problem is not None:
+            self._failures += 1
+            logger.error("%s", self._problem)
+            return
+        self._failures = 0
         self._prune(snapshot.step)
         if export is not None:
             needed = sum(tensor.nbytes for tensor in snapshot.ema.values())
-            _persist(lambda: export(snapshot), f"the export of checkpoint {final}", self.root, needed)
+            self._problem = _persist(lambda: export(snapshot), f"the export of checkpoint {final}", self.root, needed)
+            if self._problem is not None:
+                logger.warning("%s", self._problem)
 
     def _prune(self, step: int) -> None:
         """Remove what is older than the checkpoint just written, beyond what is kept."""
@@ -293,16 +314,24 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
 def abandon_after(root: Path, step: int) -> None:
     """Rename later checkpoints, which the run that goes on from `step` does not follow, to "<name>.abandoned".
 
+    Nothing is deleted: where that name is taken, it is "<name>.abandoned-2", and so on.
+
     Args:
         root: Folder of the checkpoints.
-        step: The step loaded. One abandoned earlier under the same name is deleted.
+        step: The step loaded.
     """
     for folder in list_checkpoints(root):
         if _step(folder) > step:
-            aside = folder.with_name(f"{folder.name}.abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside, number = folder.with_name(f"{folder.name}.abandoned"), 1
+            while aside.exists():
+                number += 1
+                aside = folder.with_name(f"{folder.name}.abandoned-{number}")
             folder.replace(aside)
-            logger.warning("checkpoint %s is later than the one loaded: renamed to %s", folder, aside.name)
+            logger.warning(
+                "checkpoint %s is later than the one loaded: renamed to %s. A --resume that names a checkpoint would "
+                "go back to it again: use --resume latest from now on",
+                *(folder, aside.name),
+            )
 
 
 def _step(folder: Path) -> int:
@@ -310,6 +339,18 @@ def _step(folder: Path) -> int:
 
 
 # --- writing
+
+
+def _write_checkpoint(snapshot: Snapshot, final: Path) -> str | None:
+    """Write a snapshot that is finite; return the problem, if there is one."""
+    for name, tensors in zip(TENSORS, (snapshot.model, snapshot.ema, snapshot.optimizer), strict=True):
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                return (
+                    f"checkpoint {final} was not written: its weights are not finite, first {key} of {name}; earlier "
+                    "checkpoints are untouched"
+                )
+    return _persist(lambda: _commit(snapshot, final), f"checkpoint {final}", final.parent, snapshot.nbytes())
 
 
 def _commit(snapshot: Snapshot, final: Path) -> None:
@@ -357,19 +398,21 @@ def _write_files(snapshot: Snapshot, folder: Path) -> None:
         raise OSError(errno.EIO, f"the disk holds something else than was written, {damage}")
 
 
-def _persist(action: Callable[[], None], what: str, root: Path, needed: int) -> None:
-    """Do something that writes to `root`; try again where the error may pass."""
-    for pause in (*PAUSES, None):
+def _persist(action: Callable[[], None], what: str, root: Path, needed: int) -> str | None:
+    """Do something that writes to `root`; try again where the error may pass; return the problem that is left."""
+    pauses = iter(PAUSES)
+    while True:
         try:
             action()
-            return
+            return None
         except (OSError, SafetensorError) as error:
+            pause = next(pauses, None)
             if pause is None or _errno(error) in HOPELESS:
                 free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
-                raise CheckpointError(
+                return (
                     f"{what} could not be written: {error}. {free:,} bytes are free there, {needed:,} needed. "
                     "Complete checkpoints are untouched"
-                ) from error
+                )
             logger.warning("%s could not be written: %s. Trying again in %g s", what, error, pause)
             time.sleep(pause)
 

@@ -28,6 +28,8 @@ class DataConfig:
             ("photos/{000..099}.tar" or a glob that ends in .tar), or a Hugging Face data set ("hf:user/name" or
             "hf:folder").
         source_split: Split of a Hugging Face data set.
+        source_revision: Its commit, branch or tag on the Hub; null takes the newest commit.
+        source_config: Its configuration, where it has several.
         streaming: Read a Hugging Face data set without downloading it first.
         image_key: Column of a Hugging Face data set (null: "image") or extension in the tars (null: any image's).
         label_key: The same for labels (null: "label", in tars "cls").
@@ -39,20 +41,24 @@ class DataConfig:
             draws a new sample each time.
         flips: Encode the mirror image too; training then takes one of the two at random.
         latents_dtype: Of the latents on disk.
-        shard_size: Images per file, at most.
+        latent_statistics: What normalises the latents: the statistics of the "vae", or those of the "data", which the
+            extraction measures per channel.
+        shard_size: Images per file, at most, and per unit of work of the extraction.
         encode_batch_size: Images per VAE call while encoding.
         decode_threads: Threads that read and crop images while encoding.
         max_broken_images: Broken images to skip, with a warning each, before giving up.
-        holdout: Images held out for validation: a count, or a fraction below 1.
+        holdout: Images held out for validation: a count, a fraction below 1, or 0.
         split_seed: Decides which; the same for every run on these latents.
-        shares: 1 where every node sees all files; K where process r of n needs every K-th one alone, those whose number
-            is r // (n / K) modulo K, so that a node may hold no more than its share of the data.
+        shares: 1 where every node sees all files; K where process r of n reads share r // (n / K) alone, so that a node
+            may hold no more than that; `python -m iwin_dit.data.manifest FOLDER SHARE K` lists its files.
         verify: Check the sha256 of the latents at the start; else only sizes and headers.
         num_workers: Processes that read latents and draw noise ahead of the loop; 0 does it in the loop.
     """
 
     source: str = "digits"
     source_split: str = "train"
+    source_revision: str | None = None
+    source_config: str | None = None
     streaming: bool = False
     image_key: str | None = None
     label_key: str | None = None
@@ -63,7 +69,8 @@ class DataConfig:
     posterior: Literal["mean", "sample", "mean_std"] = "mean_std"
     flips: bool = False
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    shard_size: int = 16_384
+    latent_statistics: Literal["vae", "data"] = "vae"
+    shard_size: int = 4096
     encode_batch_size: int = 64
     decode_threads: int = 4
     max_broken_images: int = 0
@@ -270,13 +277,14 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "from 1 to 10**15": (
         lambda value: 1 <= value <= 1e15,
-        ("train.images", "train.ema_halflife_images", "data.shard_size", "log.validation_samples"),
+        ("train.images", "train.ema_halflife_images", "log.validation_samples"),
     ),
     "from 1 to 10**6": (
         lambda value: 1 <= value <= 1e6,
         (
             *("train.batch_size", "train.micro_batch_size", "train.gradient_accumulation_steps"),
-            *("train.max_skipped_steps", "data.encode_batch_size", "data.shares", "log.every", "log.keep_last"),
+            *("train.max_skipped_steps", "data.shard_size", "data.encode_batch_size", "data.shares"),
+            *("log.every", "log.keep_last"),
             *("model.num_classes", "model.in_channels", "model.attention_head_dim"),
         ),
     ),
@@ -291,13 +299,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0": (
         lambda value: 0 <= value < math.inf,
         (
-            *("data.max_broken_images", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
+            *("data.max_broken_images", "data.holdout", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
             *("log.validate_every", "log.preview_every", "log.checkpoint_every", "log.keep_every"),
         ),
     ),
     "above 0": (
         lambda value: 0 < value < math.inf,
-        ("optim.lr", "optim.eps", "optim.max_grad_norm", "data.holdout", "train.max_time", "train.timeout"),
+        ("optim.lr", "optim.eps", "optim.max_grad_norm", "train.max_time", "train.timeout"),
     ),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("optim.betas.0", "optim.betas.1")),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),

@@ -1,5 +1,6 @@
 """The VAE and the latents that a configuration names: made, opened and checked against its model."""
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from accelerate import Accelerator
 from ..data.codec import LatentCodec
 from ..data.encode import EncodeSettings
 from ..data.extract import Extraction
+from ..data.facts import check_made_from
 from ..data.latents import LatentDataset, LatentStore, check_fits, size_differences
-from ..data.manifest import MANIFEST
-from ..data.prepare import ModelSizes, check_made_from, make_digits_vae, open_vae
+from ..data.manifest import MANIFEST, Manifest
+from ..data.prepare import ModelSizes, make_digits_vae, open_vae
 from ..data.sources import open_source, read_class_names
 from ..models import IwinDiTTransformer2DModel
 from .config import Config, DataConfig
@@ -27,7 +29,8 @@ def open_data(
     Args:
         config: The training configuration.
         model: The model to train.
-        accelerator: Tells the device and this process's share of the latents, which the first process of it verifies.
+        accelerator: Tells the device and this process's share of the latents, which the first process of a share
+            and of a machine verifies.
 
     Returns:
         The codec, and the training and held-out latents of this process's share.
@@ -46,11 +49,12 @@ def open_data(
     codec = open_codec(data, accelerator.device)
     if data.latents in missing:
         open_extraction(config, model, codec).run()
-    store = LatentStore(folder, share, data.shares, verify=data.verify and member == 0)
-    check_made_from(folder, store.manifest, _settings_of(data, store.manifest.class_names))
-    check_fits(store.manifest, vae_sha256=codec.fingerprint(), **model_sizes(model))
+    verify = data.verify and (member == 0 or accelerator.is_local_main_process)
+    store = LatentStore(folder, share, data.shares, verify=verify)
+    check_made_from(folder, dataclasses.asdict(store.manifest), _wanted(data, store.manifest.class_names))
+    check_fits(store.manifest, vae_sha256=codec.stored_fingerprint(), **model_sizes(model))
     train, held_out = store.split(data.holdout, data.split_seed)
-    return codec, train, held_out
+    return with_statistics(codec, data, store.manifest), train, held_out
 
 
 def share_of_process(rank: int, num_processes: int, shares: int) -> tuple[int, int]:
@@ -80,17 +84,41 @@ def open_codec(data: DataConfig, device: torch.device) -> LatentCodec:
         device: Where the VAE goes.
 
     Returns:
-        The codec.
+        The codec, which encodes; before it normalises or decodes, it needs `with_statistics`.
 
     Raises:
-        ValueError: If there is no VAE, or none that the codec knows how to use.
+        ValueError: If there is no VAE, none that the codec knows how to use, or one with statistics per channel of its
+            own where those of the data are wanted.
     """
     if data.source == "digits":
         make_digits_vae(Path(data.vae), data.holdout, data.split_seed)
     try:
-        return LatentCodec(open_vae(data.vae).to(device))
+        vae = open_vae(data.vae).to(device)
+        if data.latent_statistics == "vae":
+            return LatentCodec(vae)
+        channels = vae.config.latent_channels  # the data's statistics are not known yet, but whether they may be given
+        return LatentCodec(vae, [0.0] * channels, [1.0] * channels)
     except ValueError as error:
         raise ValueError(f"data.vae: {error}") from error
+
+
+def with_statistics(codec: LatentCodec, data: DataConfig, manifest: Manifest) -> LatentCodec:
+    """Make a codec normalise with the statistics that the configuration names.
+
+    Args:
+        codec: As `open_codec` gives it.
+        data: The data section.
+        manifest: Of the finished latents.
+
+    Returns:
+        The codec that training and sampling need.
+
+    Raises:
+        ValueError: If a channel of the latents is constant.
+    """
+    if data.latent_statistics == "vae":
+        return codec
+    return LatentCodec(codec.vae, manifest.latents_mean, manifest.latents_std)
 
 
 def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec) -> Extraction:
@@ -112,6 +140,8 @@ def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: Lat
     source = open_source(
         data.source,
         split=data.source_split,
+        revision=data.source_revision,
+        config=data.source_config,
         streaming=data.streaming,
         image_key=data.image_key,
         label_key=data.label_key,
@@ -126,7 +156,6 @@ def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: Lat
         dtype=data.latents_dtype,
         shard_size=data.shard_size,
         batch_size=data.encode_batch_size,
-        seed=data.split_seed,
     )
     extraction = Extraction(
         source,
@@ -155,19 +184,20 @@ def model_sizes(model: IwinDiTTransformer2DModel) -> ModelSizes:
 
 def _source_settings(data: DataConfig) -> dict[str, str | None]:
     """What of the source is read, by the names of the data section."""
-    return {"source_split": data.source_split, "image_key": data.image_key, "label_key": data.label_key}
+    names = ("source_split", "source_revision", "source_config", "image_key", "label_key")
+    return {name: getattr(data, name) for name in names}
 
 
-def _settings_of(data: DataConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What `check_made_from` compares; `class_names` are those of the latents, right where the user gives none."""
+def _wanted(data: DataConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of a manifest that serves; `class_names` are those of the latents, right where the user gives none."""
     if data.class_names:
         class_names = read_class_names(Path(data.class_names), len(class_names))
     return {
-        "data.source": data.source,
-        **{f"data.{name}": value for name, value in _source_settings(data).items()},
-        "data.class_names": class_names,
-        "data.resolution": data.resolution,
-        "data.posterior": data.posterior,
-        "data.flips": data.flips,
-        "data.latents_dtype": data.latents_dtype,
+        "source": data.source,
+        "source_settings": _source_settings(data),
+        "class_names": class_names,
+        "resolution": data.resolution,
+        "posterior": data.posterior,
+        "flips": data.flips,
+        "dtype": data.latents_dtype,
     }

@@ -32,23 +32,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If another line is no JSON.
     """
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: expected JSON, got {line[:80]!r}") from error
-    return records
+    lines = _read_lines(path)
+    for number, (line, record) in enumerate(lines[:-1], start=1):
+        if record is None:
+            raise ValueError(f"{path}, line {number}: expected JSON, got {line[:80]!r}")
+    return [record for _, record in lines if record is not None]
+
+
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Every line and the record it holds, None where it holds none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [(line, _parse(line)) for line in lines]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 class MetricsLog:
     """Writes a line per event to `<run>/metrics.jsonl`, on the main process, and passes it to Accelerate's tracker.
 
     A resumed run first drops the lines that were written after its checkpoint, so that the file reads like that of an
-    uninterrupted one. A tracker that fails is named once in the log and left alone from then on: no reason to stop
-    training.
+    uninterrupted one, and, with a warning, those that cannot be read. A tracker that fails is named once in the log and
+    left alone from then on: no reason to stop training.
 
     Args:
         config: Names the tracker and the batch size, by which images are counted.
@@ -59,13 +69,11 @@ class MetricsLog:
 
     def __init__(self, config: Config, accelerator: Accelerator, run: Path, step: int) -> None:
         self.accelerator, self.batch_size, self.path = accelerator, config.train.batch_size, run / "metrics.jsonl"
+        self._torn: int | None = None  # where a write that failed began
         if accelerator.is_main_process:
-            records = read_metrics(self.path) if self.path.is_file() else []
-            staging = self.path.with_name(".metrics.tmp")
-            staging.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
-            staging.replace(self.path)
+            self._go_back_to(step)
         self.tracking = config.log.tracker != "none"
-        self._track(lambda: self._start(config, run))
+        self._track(lambda: self._start(config, run, step))
 
     def write(self, step: int, **values: float | Sequence[float]) -> None:
         """Record values of a step.
@@ -78,8 +86,7 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             record = {name: _finite(value) for name, value in values.items()}
             try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"step": step, "images": step * self.batch_size, **record}) + "\n")
+                self._append(json.dumps({"step": step, "images": step * self.batch_size, **record}) + "\n")
             except OSError as error:  # a full disk, say: weights are worth more than a line
                 logger.warning("%s: the line of step %d is lost: %s", self.path, step, error)
         flat: dict[str, float] = {}
@@ -95,9 +102,29 @@ class MetricsLog:
         self._track(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
         self.accelerator.trackers = []  # else Accelerate finishes them once more, and raises what they raise
 
-    def _start(self, config: Config, run: Path) -> None:
+    def _go_back_to(self, step: int) -> None:
+        lines = _read_lines(self.path) if self.path.is_file() else []
+        for number, (line, record) in enumerate(lines, start=1):
+            if record is None:
+                logger.warning("%s, line %d is dropped: expected JSON, got %r", self.path, number, line[:80])
+        staging = self.path.with_name(".metrics.tmp")
+        staging.write_text("".join(f"{line}\n" for line, record in lines if record and record["step"] <= step))
+        staging.replace(self.path)
+
+    def _append(self, line: str) -> None:
+        """Write a line where the last whole one ends."""
+        with self.path.open("a") as file:
+            if self._torn is None:
+                self._torn = file.tell()
+            else:
+                file.truncate(self._torn)
+            file.write(line)
+        self._torn = None
+
+    def _start(self, config: Config, run: Path, step: int) -> None:
         """Start the tracker: event files in `<run>/tensorboard`, or a run of W&B, the same one when resumed."""
-        options: dict[str, Any] = {}
+        # what a resumed run wrote after its checkpoint leaves TensorBoard's curves, too
+        options: dict[str, Any] = {"purge_step": step + 1} if step else {}
         if config.log.tracker == "wandb":
             identity = run / "wandb-id"
             if self.accelerator.is_main_process and not identity.is_file():

@@ -42,35 +42,51 @@ def build_pipeline(
     Args:
         config: Names the objective.
         model: Trained or averaged.
-        codec: Holds the VAE.
+        codec: Holds the VAE, and statistics of the data where these normalise the latents.
         class_names: By label.
 
     Returns:
         The pipeline, without a progress bar.
     """
-    scheduler = config.build_objective().scheduler()
-    pipeline = IwinDiTPipeline(model, codec.vae, scheduler, id2label=dict(enumerate(class_names)))
+    pipeline = IwinDiTPipeline(
+        model,
+        codec.vae,
+        config.build_objective().scheduler(),
+        id2label=dict(enumerate(class_names)),
+        latents_mean=codec.given_statistics.get("latents_mean"),
+        latents_std=codec.given_statistics.get("latents_std"),
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def preview(config: Config, pipelines: Mapping[str, IwinDiTPipeline], path: Path, stopping: Callable[[], bool]) -> None:
+def preview(
+    config: Config,
+    models: Mapping[str, IwinDiTTransformer2DModel],
+    codec: LatentCodec,
+    class_names: tuple[str, ...],
+    path: Path,
+    stopping: Callable[[], bool],
+) -> None:
     """Save grids of samples side by side, a row per class; the same seeds every time and on every side.
 
     Args:
         config: Says which classes, how many samples and steps.
-        pipelines: By the title of their side.
+        models: By the title of their side; on the VAE's device one at a time.
+        codec: Holds the VAE.
+        class_names: By label.
         path: PNG to write.
         stopping: Asked after every sampler step; true ends the preview, and nothing is written.
     """
     grids = []
-    for pipeline in pipelines.values():
-        grid = _sample_grid(config, pipeline, stopping)
+    for model in models.values():
+        grid = _sample_grid(config, build_pipeline(config, model.to(codec.vae.device), codec, class_names), stopping)
+        model.to("cpu")
         if grid is None:
             return
         grids.append(grid)
     path.parent.mkdir(exist_ok=True)
-    side_by_side(grids, list(pipelines)).save(path)
+    side_by_side(grids, list(models)).save(path)
 
 
 def _sample_grid(config: Config, pipeline: IwinDiTPipeline, stopping: Callable[[], bool]) -> Image.Image | None:

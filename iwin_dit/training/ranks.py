@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn, Protocol
 
 from accelerate import Accelerator
@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 # Seconds: between two looks at the store, for the others' answers, and for the others to read ours.
 POLL, PATIENCE, LINGER = 0.5, 3.0, 1.5
+LAST_SAVE = 60.0  # seconds, at most, for what is still being written before a process ends
 STORE_GONE = "the store by which the processes found each other is gone, and so is its holder: rank 0 or the launcher"
+
+
+class DivergedError(Exception):
+    """Training diverged, which all processes have found out together, from numbers that they share."""
 
 
 class HasStep(Protocol):
@@ -32,15 +37,19 @@ class HasStep(Protocol):
 
 
 @contextlib.contextmanager
-def named_rank(accelerator: Accelerator, state: HasStep) -> Iterator[None]:
+def named_rank(
+    accelerator: Accelerator, state: HasStep, before_exit: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Make the failure of one process end all of them soon, and say which it was.
 
-    Without it the others wait in their next collective until the timeout, and then name nobody. FloatingPointError
-    passes, since all ranks find a diverged step together; with a single process every error does.
+    Without it the others wait in their next collective until the timeout, and then name nobody. DivergedError passes,
+    since all processes raise it together; with a single process every error does.
 
     Args:
         accelerator: Of this process.
         state: Knows the step that this process is at.
+        before_exit: Returns when what this process still writes, a checkpoint, is on the disk. It is called in a
+            thread, waited for up to `LAST_SAVE` seconds, and its errors are ignored.
 
     Yields:
         Nothing; the block ends when all processes are through with it.
@@ -48,11 +57,11 @@ def named_rank(accelerator: Accelerator, state: HasStep) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    watch = RankWatch(accelerator.process_index, accelerator.num_processes, state)
+    watch = RankWatch(accelerator.process_index, accelerator.num_processes, state, before_exit)
     try:
         yield
         accelerator.wait_for_everyone()  # from here on, a process that is gone has not failed
-    except FloatingPointError:
+    except DivergedError:
         raise
     except Exception as error:
         watch.fail(error)
@@ -74,10 +83,11 @@ class RankWatch:
         rank: Of this process.
         world: Number of processes.
         state: Knows the step that this process is at.
+        before_exit: As for `named_rank`.
     """
 
-    def __init__(self, rank: int, world: int, state: HasStep) -> None:
-        self.rank, self.world, self.state = rank, world, state
+    def __init__(self, rank: int, world: int, state: HasStep, before_exit: Callable[[], object] | None = None) -> None:
+        self.rank, self.world, self.state, self.before_exit = rank, world, state, before_exit
         # A connection of its own: the process group's may be waiting for a peer, under its lock.
         store = dist.distributed_c10d._get_default_store().clone()
         self._store = dist.PrefixStore("named_rank", store)  # type: ignore[attr-defined]
@@ -140,6 +150,14 @@ class RankWatch:
     def _exit(self) -> NoReturn:
         if self.rank == 0:  # which holds the store, unless a launcher does
             time.sleep(LINGER)
+        last = threading.Thread(target=self._finish_writing, daemon=True)
+        last.start()
+        last.join(LAST_SAVE)
         kill_workers()
         logging.shutdown()
         os._exit(1)
+
+    def _finish_writing(self) -> None:
+        if self.before_exit is not None:
+            with contextlib.suppress(Exception):  # the run has failed already, and says why
+                self.before_exit()

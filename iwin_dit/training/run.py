@@ -6,7 +6,9 @@ Nothing is deleted before `open_run`, and by it only what a run left there, with
 """
 
 import contextlib
+import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,20 +19,24 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..data.manifest import write_json
-from .config import Config
+from .config import Config, build_parser
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 RECORD = "config.json"
 
 # Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
-# compared as it was resolved with the launcher's; the length is free only where no schedule ends with it.
+# compared as it was resolved with the launcher's; the length is free only where no schedule ends with it. Folders may
+# be renamed: what they hold is compared, the latents by their manifest's hash, the VAE by the hash in the manifest.
 FREE_KEYS = {
-    *("overwrite", "dry_run", "resume"),
+    *("run", "overwrite", "dry_run", "resume", "data.vae", "data.latents"),
     *("train.compile", "train.gradient_checkpointing", "train.gradient_accumulation_steps", "train.micro_batch_size"),
     *("train.max_time", "train.timeout", "train.max_skipped_steps", "train.mixed_precision"),
     *("data.num_workers", "data.encode_batch_size", "data.decode_threads", "data.max_broken_images"),
     *("data.verify", "data.streaming"),
 }
+PACKAGES = ("torch", "numpy", "diffusers", "accelerate", "iwin-dit")  # of other versions, the numbers differ
 
 
 def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
@@ -51,13 +57,15 @@ def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
         return
     if config.overwrite:
         return
-    before, now = _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
+    # a key that is newer than the record had its default, whatever it does now
+    before, now = _defaults() | _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
+    free_sections = ("log.", "packages.") if resolved is not None else ("log.", "packages.", "resolved.")
     changed = sorted(
         key
         for key in before.keys() | now.keys()
         if before.get(key) != now.get(key)
         and key not in FREE_KEYS
-        and not key.startswith("log." if resolved is not None else ("log.", "resolved."))
+        and not key.startswith(free_sections)
         and not (key == "train.images" and config.optim.schedule == "constant")
     )
     if changed:
@@ -130,7 +138,8 @@ def open_run(config: Config, resolved: dict[str, str], bytes_needed: int) -> Ite
     """Create the run folder, hold its lock and write its record, once everything else has been found in order.
 
     Args:
-        config: The configuration of this start. With `overwrite`, the run there before is deleted.
+        config: The configuration of this start. With `overwrite`, the run there before is deleted; else a run that was
+            begun with other versions of the packages goes on with a warning.
         resolved: What decides the result besides, by name: the precision in use, the hash of the latents.
         bytes_needed: As for `probe_run`.
 
@@ -152,13 +161,37 @@ def open_run(config: Config, resolved: dict[str, str], bytes_needed: int) -> Ite
                     shutil.rmtree(path)
                 elif path.name != LOCK:
                     path.unlink()
+        _compare_packages(run / RECORD)
         write_json(run / RECORD, _record(config, resolved))
         yield run
 
 
 def _record(config: Config, resolved: dict[str, str]) -> dict[str, Any]:
     """The content of config.json, as JSON gives it back."""
-    return json.loads(json.dumps({**config.to_dict(), "resolved": resolved}))
+    return json.loads(json.dumps({**config.to_dict(), "resolved": resolved, "packages": _packages()}))
+
+
+def _packages() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _compare_packages(record: Path) -> None:
+    """Warn where the run before had other versions."""
+    before = _read_record(record).get("packages", {}) if record.is_file() else {}
+    changed = [
+        f"{name} {before[name]} before, {version} now"
+        for name, version in _packages().items()
+        if before.get(name, version) != version
+    ]
+    if changed:
+        logger.warning("from here on, the run is not bit for bit what it would have been: %s", ", ".join(changed))
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of all keys, as `_flatten` names them and JSON gives them back."""
+    defaults = build_parser(prog="").get_defaults().as_dict()
+    del defaults["config"]  # names a file of the command line, and is no key
+    return _flatten(json.loads(json.dumps(defaults)))
 
 
 def _read_record(path: Path) -> dict[str, Any]:

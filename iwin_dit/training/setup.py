@@ -1,9 +1,13 @@
 """From a configuration to everything that the loop works with, opened and checked before anything is written."""
 
 import contextlib
+import functools
 import logging
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
@@ -16,13 +20,21 @@ from ..data.manifest import MANIFEST, sha256
 from ..diffusion import Objective
 from ..models import IwinDiTTransformer2DModel
 from .batches import MicroBatches
-from .checkpoint import CheckpointWriter, TrainState, abandon_after, find_checkpoint, list_checkpoints
+from .checkpoint import (
+    CheckpointWriter,
+    TrainState,
+    abandon_after,
+    find_checkpoint,
+    list_checkpoints,
+)
 from .config import Config
 from .data import open_data
 from .ema import EMA
 from .log import MetricsLog
 from .run import check_run, open_run
 from .summary import describe
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("train_dit")
 
@@ -90,32 +102,40 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     set_seed(config.train.seed)
     model = config.build_model()
     run = Path(config.run)
-    with accelerator.main_process_first():  # the others find the run folder made and locked
-        codec, train_data, held_out = open_data(config, model, accelerator)
-        if accelerator.is_main_process:
-            manifest = sha256(Path(config.data.latents) / MANIFEST)
-            resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
-            coming = max(1, config.log.keep_last + 1 - len(list_checkpoints(run / "checkpoints")))
-            bytes_needed = coming * CHECKPOINT_BYTES * model.num_parameters()
-            resources.enter_context(open_run(config, resolved, bytes_needed))
-    if not len(held_out):
+    codec, train_data, held_out = main_first(accelerator, lambda: open_data(config, model, accelerator))
+    manifest = same_manifest(config, accelerator)
+    if not len(held_out) and config.log.validate_every:
         raise ValueError(
-            f"no held-out latents lie in this process's share of {config.data.shares}: raise data.holdout, "
-            f"{config.data.holdout} now, or lower data.shares"
+            f"no held-out latents lie in this process's share of {config.data.shares}, data.holdout is "
+            f"{config.data.holdout}: raise it, lower data.shares, or set log.validate_every to 0"
         )
+    resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
+    coming = max(1, config.log.keep_last + 1 - len(list_checkpoints(run / "checkpoints")))
+    bytes_needed = coming * CHECKPOINT_BYTES * model.num_parameters()
+
+    def take_run_folder() -> None:
+        if accelerator.is_main_process:
+            resources.enter_context(open_run(config, resolved, bytes_needed))
+
+    main_first(accelerator, take_run_folder)
+    writer = CheckpointWriter(
+        run / "checkpoints", config.log.keep_last, config.log.keep_every, asynchronous=config.log.asynchronous
+    )
+    resources.callback(writer.join)  # before the lock goes
     logger.info("%s", describe(config, micro_batch))
+    logger.info("data         %d latents to train on, %d held out", len(train_data), len(held_out))
     logger.info(
-        "training     %d latents and %d held out, %d process(es) on %s, %d CPU thread(s) each, precision %s, "
-        "%d = %d processes x %d accumulation x %d",
-        *(len(train_data), len(held_out), world, accelerator.device, torch.get_num_threads()),
-        *(accelerator.mixed_precision, config.train.batch_size, world, accelerator.gradient_accumulation_steps),
-        micro_batch,
+        "batch        %d = %d process(es) x %d micro-batch(es) x %d, on %s, %d CPU thread(s) each, precision %s",
+        *(config.train.batch_size, world, accelerator.gradient_accumulation_steps, micro_batch),
+        *(accelerator.device, torch.get_num_threads(), accelerator.mixed_precision),
     )
 
     state, wrapped = open_state(config, accelerator, model, run)
-    micro_batches = MicroBatches(train_data, config.train.seed, micro_batch, world, rank, config.data.shares)
-    writer = CheckpointWriter(
-        run / "checkpoints", config.log.keep_last, config.log.keep_every, asynchronous=config.log.asynchronous
+    micro_batches = MicroBatches(
+        *(train_data, config.train.seed, micro_batch, world, rank),
+        shares=config.data.shares,
+        flips=config.data.flips,
+        posterior=config.data.posterior == "mean_std",
     )
     return Training(
         config=config,
@@ -130,6 +150,55 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
         metrics=MetricsLog(config, accelerator, run, state.step),
         writer=writer,
     )
+
+
+def main_first(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do something on the main process, and then on the others; an error of the main process is raised on all.
+
+    Args:
+        accelerator: The processes.
+        action: What to do.
+
+    Returns:
+        What it gave on this process.
+
+    Raises:
+        ValueError: The action's, or the main process's; without this, the others would wait for it until the timeout.
+        ImportError: Likewise.
+    """
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except (ValueError, ImportError) as raised:
+            error = raised
+    [error] = broadcast_object_list([error])
+    if error is not None:
+        raise error
+    return result if accelerator.is_main_process else action()
+
+
+def same_manifest(config: Config, accelerator: Accelerator) -> str:
+    """Return the sha256 of the latents' manifest, which must be the same on every machine.
+
+    Args:
+        config: Names the latents.
+        accelerator: The processes.
+
+    Returns:
+        The hash, in hex.
+
+    Raises:
+        ValueError: If this process sees another manifest than the main process.
+    """
+    digest = sha256(Path(config.data.latents) / MANIFEST)
+    [expected] = broadcast_object_list([digest])
+    if digest != expected:
+        raise ValueError(
+            f"process {accelerator.process_index} on {platform.node()} sees other latents in {config.data.latents} "
+            f"than the main process: manifest {digest}, expected {expected}. Copy the same folder to every machine"
+        )
+    return digest
 
 
 def open_state(
@@ -161,9 +230,12 @@ def open_state(
         ema.shard(model)
     state = TrainState(model, ema, optimizer, accelerator.scaler)
     root = run / "checkpoints"
-    found = [find_checkpoint(root, config.resume) if accelerator.is_main_process else None]
-    [checkpoint] = broadcast_object_list(found)
+    find = functools.partial(find_checkpoint, root, config.resume)
+    found = main_first(accelerator, lambda: find() if accelerator.is_main_process else None)
+    [checkpoint] = broadcast_object_list([found])
     if checkpoint is not None:
+        if not checkpoint.is_dir():
+            raise ValueError(f"{platform.node()} has no {checkpoint}: the run folder must be seen by every machine")
         state.load(checkpoint)
         logger.info("resumed from %s", checkpoint)
         if accelerator.is_main_process:

@@ -68,7 +68,7 @@ def validate(
         (2, TIME_BINS) sums and counts over all processes; None if it was ended.
     """
     shares = config.data.shares
-    share, member = divmod(accelerator.process_index, accelerator.num_processes // shares)
+    member = accelerator.process_index % (accelerator.num_processes // shares)
     count = min(len(data), -(-config.log.validation_samples // shares))
     mine = np.arange(count)[member :: accelerator.num_processes // shares]
     passes = torch.tensor(-(-len(mine) // micro_batch), device=accelerator.device)
@@ -78,7 +78,7 @@ def validate(
             return None
         chunk = mine[i * micro_batch : (i + 1) * micro_batch]
         indices = chunk if len(chunk) else np.zeros(1, dtype=np.int64)
-        batch = validation_batch(data, config.train.seed, indices, share, shares).to(accelerator.device)
+        batch = validation_batch(data, config.data.split_seed, indices).to(accelerator.device)
         with accelerator.autocast():
             values, times = losses(batch)
         if len(chunk):
