@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from iwin_dit.diffusion import Denoiser
 from iwin_dit.training.batches import Batch
-from iwin_dit.training.checkpoint import CheckpointError, Snapshot
+from iwin_dit.training.checkpoint import CheckpointError
 from iwin_dit.training.config import parse_config
 from iwin_dit.training.log import Meter
 from iwin_dit.training.pictures import build_pipeline, export, exported_step, model_from, preview
 from iwin_dit.training.ranks import DivergedError, named_rank
 from iwin_dit.training.runtime import make_accelerator
 from iwin_dit.training.setup import Training, logger, open_training
-from iwin_dit.training.sharding import gather
+from iwin_dit.training.state import Snapshot, gather_weights
 from iwin_dit.training.stop import StopRequest, ignore_stop_signals
 from iwin_dit.training.validation import TIME_BINS, by_time, loss_summary, validate
 
@@ -225,7 +225,7 @@ def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
     Whatever goes wrong with them, a full disk or a picture of NaNs, is logged: a preview is no reason to stop training.
     """
     config, state = training.config, training.state
-    weights = {"trained": gather(state.model.state_dict()), "averaged": gather(state.ema.model.state_dict())}
+    weights = {"trained": gather_weights(state.model), "averaged": gather_weights(state.ema.model)}
     if not training.accelerator.is_main_process:
         return
     path = training.run / "previews" / f"step-{state.step:08d}.png"
@@ -244,7 +244,7 @@ def save(training: Training, with_pipeline: bool = True) -> None:
     def export_pipeline(snapshot: Snapshot) -> None:
         model = model_from(training.config, snapshot.ema)
         pipeline = build_pipeline(training.config, model, training.codec, training.class_names)
-        export(pipeline, training.run / "pipeline", snapshot.state["step"])
+        export(pipeline, training.run / "pipeline", snapshot.step)
 
     snapshot = training.state.snapshot()
     if training.accelerator.is_main_process:

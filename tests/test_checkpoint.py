@@ -21,12 +21,12 @@ from iwin_dit.training import checkpoint
 from iwin_dit.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
-    TrainState,
     abandon_after,
     find_checkpoint,
     list_checkpoints,
 )
 from iwin_dit.training.ema import EMA
+from iwin_dit.training.state import TrainState
 from tests.tools import relative_error, tiny_model
 
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]

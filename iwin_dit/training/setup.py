@@ -22,7 +22,6 @@ from ..models import IwinDiTTransformer2DModel
 from .batches import MicroBatches
 from .checkpoint import (
     CheckpointWriter,
-    TrainState,
     abandon_after,
     find_checkpoint,
     list_checkpoints,
@@ -32,6 +31,7 @@ from .data import open_data
 from .ema import EMA
 from .log import MetricsLog
 from .run import check_run, open_run
+from .state import TrainState
 from .summary import describe
 
 Result = TypeVar("Result")
