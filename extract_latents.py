@@ -2,8 +2,8 @@
 
 accelerate launch extract_latents.py --config configs/imagenet256_xl.yaml   # the same command again continues
 
-It reads the configuration and the arguments of train_dit.py, and of them the sections `data` and `model`: the model is
-not built, but what it takes is checked before anything is encoded.
+It reads the configuration and the arguments of train_dit.py, and of them the sections `data` and `model`: the model
+has no weights here, but what it takes is checked before anything is encoded.
 """
 
 import logging
@@ -20,6 +20,7 @@ from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.manifest import Manifest
 from iwin_dit.training.config import Config, parse_config
 from iwin_dit.training.data import open_codec, open_extraction, with_statistics
+from iwin_dit.training.ranks import main_first
 from iwin_dit.training.runtime import check_launch, use_all_cores
 
 logger = logging.getLogger("extract_latents")
@@ -60,8 +61,7 @@ def extract(config: Config, accelerator: Accelerator) -> None:
     if config.dry_run:
         logger.info("%s", yaml.safe_dump(config.to_dict()["data"], sort_keys=False))
         return
-    with accelerator.main_process_first():  # which trains the digits' VAE
-        codec = open_codec(config.data, accelerator.device)
+    codec = main_first(accelerator, lambda: open_codec(config.data, accelerator.device))  # which trains the digits' VAE
     with torch.device("meta"):
         model = config.build_model()
     extraction = open_extraction(config, model, codec)

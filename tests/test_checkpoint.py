@@ -174,7 +174,7 @@ def test_ema_of_a_bfloat16_model_is_float32_and_buffers_are_copied():
     assert ema.model.num_batches_tracked == 1
 
 
-# --- damage (cases 4 to 8 of the fault list)
+# --- damage
 
 
 def truncate(path: Path) -> None:
@@ -272,7 +272,7 @@ class Payload:
 @pytest.mark.parametrize("name", FILES[:3])
 @pytest.mark.parametrize("dump", [lambda what, path: path.write_bytes(pickle.dumps(what)), torch.save])
 def test_a_pickle_is_never_loaded(name, dump, saved, tmp_path):
-    """Case 20; even where the manifest vouches for it."""
+    """Even where the manifest vouches for it."""
     root, state = saved
     folder, marker = root / "step-00000002", tmp_path / "marker"
     dump(Payload(marker), folder / name)

@@ -1,4 +1,4 @@
-"""The one image decoder and the crop, on bad and odd files (cases 17 and 18 of the fault list)."""
+"""The one image decoder and the crop, on bad and odd files."""
 
 import subprocess
 import sys

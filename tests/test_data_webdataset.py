@@ -1,4 +1,4 @@
-"""WebDataset tars: how members become samples, and which tars are refused (case 21 of the fault list)."""
+"""WebDataset tars: how members become samples, and which tars are refused."""
 
 import io
 import tarfile

@@ -101,11 +101,12 @@ def test_overwrite_deletes_the_run_and_nothing_before(tmp_path):
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}")
     elsewhere.mkdir()
-    (run / "link").symlink_to(elsewhere)
+    (run / "previews").symlink_to(elsewhere)
+    (run / "notes.txt").write_text("mine")
     check_run(configured(run, "--model.num_layers", "2", "--overwrite"))
     assert (run / "metrics.jsonl").exists()
     start(configured(run, "--model.num_layers", "2", "--overwrite"))
-    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
+    assert {path.name for path in run.iterdir()} == {"config.json", ".lock", "notes.txt"}
     assert json.loads((run / "config.json").read_text())["model"]["num_layers"] == 2
     assert elsewhere.is_dir()
 
@@ -130,7 +131,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_one_process_has_the_run(tmp_path):
-    """Case 25; even --overwrite waits for the other one, and a run that ended, however it did, is free again."""
+    """Even --overwrite waits for the other one, and a run that ended, however it did, is free again."""
     run = tmp_path / "a"
     with open_run(configured(run), RESOLVED, bytes_needed=1):
         (run / "metrics.jsonl").write_text("{}")

@@ -55,7 +55,7 @@ def test_the_run_folder(folder):
     }
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
-    assert validation[-1] < 0.27 < validation[0]
+    assert validation[-1] < 0.32 < validation[0]
     assert "is done: 450 of 450 steps" in run(folder, "train")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -16,15 +17,15 @@ from safetensors.torch import load_file
 
 import train_dit
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.data.latents import LatentStore, positions_to_indices
+from iwin_dit.data.latents import LatentDataset, LatentStore, positions_to_indices
 from iwin_dit.data.manifest import Manifest
-from iwin_dit.training.batches import MicroBatches
+from iwin_dit.training.batches import Batch, MicroBatches
 from iwin_dit.training.config import OptimConfig, TrainConfig, parse_config
 from iwin_dit.training.draws import VALIDATION_STREAM, keyed_draws
 from iwin_dit.training.log import read_metrics
 from iwin_dit.training.plot import plot_runs
 from iwin_dit.training.summary import describe
-from iwin_dit.training.validation import by_time, loss_summary
+from iwin_dit.training.validation import by_time, loss_summary, validate
 from tests.latent_folders import Squares, extraction, small_codec
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,24 @@ def test_losses_by_noise_level():
     summary = loss_summary(sums, prefix="validation_")
     assert summary["validation_loss"] == 2.5
     assert summary["validation_loss_by_time"] == pytest.approx([1.5, *[float("nan")] * 3, 3.5], nan_ok=True)
+
+
+def test_validation_takes_all_classes(digits_folder):
+    """Latents of a folder come class by class; a part of the held-out ones is drawn from all, at fixed times."""
+    digits, seen = LatentStore(digits_folder / "latents"), []
+    by_class = LatentDataset(digits, torch.argsort(digits.labels, stable=True).numpy())
+
+    def losses_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(batch)
+        return batch.times, batch.times
+
+    config = parse_config(["--config", DIGITS, "--log.validation_samples", "100"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sums = [validate(config, Accelerator(cpu=True), by_class, 30, losses_of, lambda: False) for _ in range(2)]
+    assert torch.equal(*sums)
+    assert sums[0][1].sum() == 100
+    assert torch.cat([batch.class_labels for batch in seen]).unique().tolist() == list(range(10))
+    assert validate(config, Accelerator(cpu=True), by_class, 30, losses_of, lambda: True) is None
 
 
 # --- the log

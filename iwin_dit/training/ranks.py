@@ -11,12 +11,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import distributed as dist
 
 from .stop import kill_workers
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,32 @@ STORE_GONE = "the store by which the processes found each other is gone, and so 
 
 class DivergedError(Exception):
     """Training diverged, which all processes have found out together, from numbers that they share."""
+
+
+def main_first(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do something on the main process, and then on the others; an error of the main process is raised on all.
+
+    Args:
+        accelerator: The processes.
+        action: What to do.
+
+    Returns:
+        What it gave on this process.
+
+    Raises:
+        ValueError: The action's, or the main process's; without this, the others would wait for it until the timeout.
+        ImportError: Likewise.
+    """
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except (ValueError, ImportError) as raised:
+            error = raised
+    [error] = broadcast_object_list([error])
+    if error is not None:
+        raise error
+    return result if accelerator.is_main_process else action()
 
 
 class HasStep(Protocol):

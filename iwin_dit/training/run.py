@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 RECORD = "config.json"
+# What training leaves in a run folder, and --overwrite deletes; the record last, so that a deletion cut short can be
+# started again. The lock stays, for it is held.
+OF_A_RUN = (
+    *("checkpoints", "previews", "pipeline", ".pipeline.tmp", "metrics.jsonl", ".metrics.tmp"),
+    *("tensorboard", "wandb", "wandb-id", RECORD),
+)
 
 # Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
 # compared as it was resolved with the launcher's; the length is free only where no schedule ends with it. Folders may
@@ -155,12 +161,11 @@ def open_run(config: Config, resolved: dict[str, str], bytes_needed: int) -> Ite
     with lock_run(run):
         check_run(config, resolved)  # again: another process may have begun a run there just before the lock
         if config.overwrite:
-            # The record goes last, so that a deletion cut short can be started again; the lock stays, for it is held.
-            for path in sorted(run.iterdir(), key=lambda path: path.name == RECORD):
+            for path in (run / name for name in OF_A_RUN):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
+                else:
+                    path.unlink(missing_ok=True)
         _compare_packages(run / RECORD)
         write_json(run / RECORD, _record(config, resolved))
         yield run

@@ -4,10 +4,8 @@ import contextlib
 import functools
 import logging
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import yaml
@@ -30,11 +28,10 @@ from .config import Config
 from .data import open_data
 from .ema import EMA
 from .log import MetricsLog
+from .ranks import main_first
 from .run import check_run, open_run
 from .state import TrainState
 from .summary import describe
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger("train_dit")
 
@@ -152,32 +149,6 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     )
 
 
-def main_first(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do something on the main process, and then on the others; an error of the main process is raised on all.
-
-    Args:
-        accelerator: The processes.
-        action: What to do.
-
-    Returns:
-        What it gave on this process.
-
-    Raises:
-        ValueError: The action's, or the main process's; without this, the others would wait for it until the timeout.
-        ImportError: Likewise.
-    """
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except (ValueError, ImportError) as raised:
-            error = raised
-    [error] = broadcast_object_list([error])
-    if error is not None:
-        raise error
-    return result if accelerator.is_main_process else action()
-
-
 def same_manifest(config: Config, accelerator: Accelerator) -> str:
     """Return the sha256 of the latents' manifest, which must be the same on every machine.
 
@@ -238,6 +209,6 @@ def open_state(
             raise ValueError(f"{platform.node()} has no {checkpoint}: the run folder must be seen by every machine")
         state.load(checkpoint)
         logger.info("resumed from %s", checkpoint)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and config.resume != "latest":
             abandon_after(root, state.step)
     return state, trained

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from ..data.latents import LatentDataset
+from ..data.sources import keyed_permutation
 from .batches import Batch, validation_batch
 from .config import Config
 
@@ -70,14 +70,15 @@ def validate(
     shares = config.data.shares
     member = accelerator.process_index % (accelerator.num_processes // shares)
     count = min(len(data), -(-config.log.validation_samples // shares))
-    mine = np.arange(count)[member :: accelerator.num_processes // shares]
+    chosen = keyed_permutation(len(data), config.data.split_seed)[:count]  # of all classes: a folder's come one by one
+    mine = chosen[member :: accelerator.num_processes // shares]
     passes = torch.tensor(-(-len(mine) // micro_batch), device=accelerator.device)
     sums = torch.zeros(2, TIME_BINS, device=accelerator.device)
     for i in range(int(accelerator.reduce(passes, "max").item())):
         if stopping():
             return None
         chunk = mine[i * micro_batch : (i + 1) * micro_batch]
-        indices = chunk if len(chunk) else np.zeros(1, dtype=np.int64)
+        indices = chunk if len(chunk) else chosen[:1]
         batch = validation_batch(data, config.data.split_seed, indices).to(accelerator.device)
         with accelerator.autocast():
             values, times = losses(batch)
