@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoModel
 from safetensors.torch import load_file, save_file
 
 from iwin_dit.data import prepare
@@ -163,3 +163,10 @@ def test_one_process_of_a_share_and_of_a_machine_verifies(digits_folder: Path, m
 
 def stop() -> None:
     raise KeyboardInterrupt
+
+
+def test_a_vae_opens_after_auto_model_has_read_a_pipeline(tmp_path, monkeypatch):
+    """AutoModel remembers, in its class, the name of the file that it found last."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(AutoModel, "config_name", "model_index.json")
+    assert type(open_vae(str(tmp_path / "vae"))) is AutoencoderKL

@@ -146,12 +146,15 @@ def launched(name: str, *arguments: str) -> tuple[SimpleNamespace, dict[str, str
 
 
 def test_every_accelerate_file_is_tested():
-    assert {path.name for path in ACCELERATE.iterdir()} == {"fsdp2.yaml", "multi_node.yaml"}
+    names = {path.name for path in ACCELERATE.iterdir()}
+    assert names == {"fsdp2.yaml", "fsdp2_multi_node.yaml", "multi_node.yaml"}
 
 
-def test_fsdp2_file(monkeypatch):
-    arguments, environment = launched("fsdp2.yaml")
-    assert (arguments.use_fsdp, arguments.num_processes, arguments.mixed_precision) == (True, 8, "bf16")
+@pytest.mark.parametrize(("name", "processes"), [("fsdp2.yaml", 8), ("fsdp2_multi_node.yaml", 16)])
+def test_fsdp2_files(name, processes, monkeypatch):
+    arguments, environment = launched(name)
+    assert (arguments.use_fsdp, arguments.num_processes, arguments.mixed_precision) == (True, processes, "bf16")
+    assert arguments.nproc_per_node == "8"
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
@@ -162,9 +165,11 @@ def test_fsdp2_file(monkeypatch):
     assert plugin.transformer_cls_names_to_wrap == [blocks.IwinDiTBlock.__name__]
 
 
-def test_multi_node_file():
-    arguments, environment = launched("multi_node.yaml", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
-    assert (arguments.multi_gpu, arguments.nnodes, arguments.nproc_per_node) == (True, "2", "8")
+@pytest.mark.parametrize("name", ["multi_node.yaml", "fsdp2_multi_node.yaml"])
+def test_multi_node_files(name):
+    arguments, environment = launched(name, "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (name == "multi_node.yaml", name != "multi_node.yaml")
+    assert (arguments.nnodes, arguments.nproc_per_node) == ("2", "8")
     assert (arguments.node_rank, arguments.rdzv_backend, arguments.rdzv_endpoint) == (1, "static", "10.0.0.1:29500")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 

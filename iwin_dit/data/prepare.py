@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import diffusers
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
@@ -55,8 +55,9 @@ def open_vae(path_or_id: str) -> ModelMixin:
         path_or_id, subfolder = path_or_id.rsplit("/", 1)
     name = str(path) if path.exists() else path_or_id
     try:
-        # The class that the config names, since AutoModel has no output_loading_info.
-        class_name = str(AutoModel.load_config(name, subfolder=subfolder).get("_class_name"))
+        # Not by AutoModel: it has no output_loading_info, and what it reads depends on what it has read before. The
+        # class here only reads config.json; the VAE's own is the one named there.
+        class_name = str(AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name"))
         vae_class = getattr(diffusers, class_name, None)
         if vae_class is None or not issubclass(vae_class, ModelMixin):
             raise ValueError(f"its config is of {class_name!r}, which is no model of diffusers")
