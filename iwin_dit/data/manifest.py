@@ -298,12 +298,17 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> str:
         os.fsync(file.fileno())
     digest = sha256(temporary)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # the name, too
     return digest
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder, as they are now, outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

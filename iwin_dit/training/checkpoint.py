@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..data.manifest import sha256, write_durably, write_json
+from ..data.manifest import sha256, sync_folder, write_durably, write_json
 from .state import STATE, TENSORS, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -254,11 +254,7 @@ def _commit(snapshot: Snapshot, final: Path) -> None:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     for folder in (root, root.parent):  # the new names, too, must outlive a power cut
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)
 
 
 def _write_files(snapshot: Snapshot, folder: Path) -> None:
