@@ -276,7 +276,7 @@ def weights_sha256(model: str) -> dict[str, str] | None:
     Returns:
         The sha256 of its weight files by name; None for a Hub id, whose files lie in the Hub's cache.
     """
-    from iwin_dit.metrics.result import sha256
+    from iwin_dit.files import sha256
 
     folder = Path(model) / "pipeline" if _is_run_folder(model) else Path(model)
     return {path.name: sha256(path) for path in sorted((folder / "transformer").glob("*.safetensors"))} or None
@@ -369,7 +369,8 @@ def report(
         real: The reference images; None where the reference is a statistics file.
         run: Facts about this run.
     """
-    from iwin_dit.metrics.result import environment, sha256, write_json
+    from iwin_dit.files import sha256, write_json
+    from iwin_dit.metrics.result import environment
 
     metric = features.metric_name(result.n_fake)
     reference = {"sha256": sha256(Path(args.reference))} if real is None else real.record()

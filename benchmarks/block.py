@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Step, describe_machine, peak_memory, quartiles, time_interleaved
-from iwin_dit.metrics.result import write_json
+from iwin_dit.files import write_json
 from iwin_dit.nn import DepthwiseConv, IwinAttention, IwinDiTBlock
 from iwin_dit.nn.blocks import modulate
 from iwin_dit.nn.windows import global_exchange, plan_window

@@ -26,7 +26,7 @@ from benchmarks.measure import WARM_UP, describe_machine, quartiles, time_interl
 from iwin_dit.data.extract import write_labels, write_shard
 from iwin_dit.data.latents import LatentDataset, LatentStore, positions_to_indices
 from iwin_dit.data.manifest import FORMAT_VERSION, Manifest, Posterior, stored_shape
-from iwin_dit.metrics.result import write_json
+from iwin_dit.files import write_json
 from iwin_dit.training.batches import MicroBatches
 
 LATENT_SHAPE = (4, 32, 32)

@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from iwin_dit.files import sha256
 from iwin_dit.metrics import inception
 from iwin_dit.metrics.digits import DigitsFeatures, train_digits_features
 from iwin_dit.metrics.inception import InceptionFeatures, find_inception_weights, resize_bilinear_tf1
-from iwin_dit.metrics.result import sha256
 
 
 def resize_per_pixel(image: list[list[float]], size: int) -> list[list[float]]:

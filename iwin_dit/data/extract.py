@@ -24,10 +24,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..files import write_durably, write_json
 from .codec import LatentCodec
 from .encode import EncodeSettings, PartEncoder
 from .facts import check_made_from
-from .manifest import FORMAT_VERSION, LABELS, MANIFEST, Manifest, Shard, write_durably, write_json
+from .manifest import FORMAT_VERSION, LABELS, MANIFEST, Manifest, Shard
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .manifest import DTYPES, LABELS, Manifest, Shard, sha256
+from ..files import sha256
+from .manifest import DTYPES, LABELS, Manifest, Shard
 from .sources import keyed_permutation, split_indices
 
 logger = logging.getLogger(__name__)

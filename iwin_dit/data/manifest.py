@@ -5,27 +5,26 @@
     manifest.json           written last: a folder without it is unfinished
 
 V is 2 with flips (the image, its mirror image), else 1; P is 2 for posterior "mean_std", else 1; labels are int64. Owns
-names, fields and how files are made durable; knows neither writer nor reader. Letters: C channels, h w cells, N images.
+names and fields; knows neither writer nor reader. Letters: C channels, h w cells, N images.
 
     python -m iwin_dit.data.manifest FOLDER [SHARE SHARES]   # lists the files, of one share, for rsync --files-from=-
 """
 
 import argparse
 import dataclasses
-import hashlib
 import heapq
 import json
-import os
 import re
-import socket
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+
+from ..files import write_json
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -271,58 +270,6 @@ def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         for name, value in wanted.items()
         if json.dumps(there.get(name)) != json.dumps(value)  # which makes lists of tuples, as reading does
     ]
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, write: Callable[[Path], object]) -> str:
-    """Write a file so that, whatever dies, `path` is missing, the old file, or the new one, whole and on the disk.
-
-    Args:
-        path: File to write or replace, in a folder that exists.
-        write: Writes the content to the temporary name it is given.
-
-    Returns:
-        sha256 of what was written, read back from the file.
-    """
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-    write(temporary)
-    temporary.chmod(mode)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    digest = sha256(temporary)
-    temporary.replace(path)
-    sync_folder(path.parent)  # the name, too
-    return digest
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder, as they are now, outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON durably.
-
-    Args:
-        path: File to write or replace.
-        content: What to write.
-
-    Raises:
-        ValueError: A number is NaN or infinite.
-    """
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_durably(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _refuse_constant(name: str) -> NoReturn:

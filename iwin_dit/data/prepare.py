@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, ModelMixin
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
+from ..files import write_json
 from .digits import Digits, train_digits_vae
-from .manifest import differences, write_json
+from .manifest import differences
 
 logger = logging.getLogger(__name__)
 

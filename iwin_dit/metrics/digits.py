@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ..files import sha256, write_json
 from .frechet import FeatureNetwork
-from .result import sha256, write_json
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10

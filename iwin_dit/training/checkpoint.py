@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..data.manifest import sha256, sync_folder, write_durably, write_json
+from ..files import sha256, sync_folder, write_durably, write_json
 from .state import STATE, TENSORS, Snapshot
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..data.manifest import write_json
+from ..files import write_json
 from .config import Config, build_parser
 
 logger = logging.getLogger(__name__)

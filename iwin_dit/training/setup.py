@@ -14,8 +14,9 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from ..data.codec import LatentCodec
 from ..data.latents import LatentDataset
-from ..data.manifest import MANIFEST, sha256
+from ..data.manifest import MANIFEST
 from ..diffusion import Objective
+from ..files import sha256
 from ..models import IwinDiTTransformer2DModel
 from .batches import MicroBatches
 from .checkpoint import (
