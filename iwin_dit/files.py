@@ -26,14 +26,18 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> str:
         sha256 of what was written, read back from the file.
     """
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-    write(temporary)
-    temporary.chmod(mode)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    digest = sha256(temporary)
-    temporary.replace(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
+        write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a disk that may be full
+        raise
     sync_folder(path.parent)  # the name, too
     return digest
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iwin_dit.files import sha256, write_json
+from iwin_dit.files import sha256, write_durably, write_json
 
 
 def test_json_is_replaced_whole_and_holds_no_nan(tmp_path: Path) -> None:
@@ -21,3 +21,17 @@ def test_json_is_replaced_whole_and_holds_no_nan(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_durably(path, half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

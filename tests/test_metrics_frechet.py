@@ -1,49 +1,51 @@
-"""The Frechet distance against closed forms and an independent oracle, and the reading of reference files."""
+"""The Frechet distance against closed forms, an independent oracle and torchmetrics; the statistics however they come.
 
-import io
-import os
-import zipfile
-from pathlib import Path
+Letters: D features, N vectors of a set.
+"""
+
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor
 
-from iwin_dit.metrics.frechet import FeatureNetwork, FeatureStatistics, FrechetDistance, load_statistics
+from iwin_dit.metrics.frechet import frechet_distance
+from iwin_dit.metrics.moments import Gaussian, Moments
+
+D = 64
 
 
-class Table(FeatureNetwork):
-    """Features by row number, which an image carries in its first two bytes: any vector without any network."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = rows
-        self.num_features = rows.shape[1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.rows[256 * images[:, 0, 0, 0].long() + images[:, 0, 0, 1].long()]
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def numbered(start: int, stop: int) -> Tensor:
-    """Images (B, 3, 1, 2) that stand for the rows start to stop."""
-    i = torch.arange(start, stop)
-    return torch.stack([i // 256, i % 256], dim=1)[:, None, None].expand(-1, 3, -1, -1).to(torch.uint8)
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def basis(seed: int) -> Tensor:
+    """A random rotation of D axes."""
+    return torch.linalg.qr(normal(D, D, seed=seed))[0]
+
+
+def around(covariance: Tensor, mean: Tensor | None = None) -> Gaussian:
+    return Gaussian(torch.zeros(len(covariance), dtype=torch.float64) if mean is None else mean, covariance)
+
+
+def moments(rows: Tensor, batch: int = 1000) -> Moments:
+    result = Moments(rows.shape[1])
+    for part in rows.split(batch):
+        result.update(part)
+    return result
 
 
 def distance(real: Tensor, fake: Tensor, batch: int = 1000) -> float:
-    metric = FrechetDistance(Table(torch.cat([real, fake])))
-    for images, is_real in ((numbered(0, len(real)), True), (numbered(len(real), len(real) + len(fake)), False)):
-        for part in images.split(batch):
-            metric.update(part, real=is_real)
-    return metric.compute().value
-
-
-def with_diagonal_covariance(variances: Tensor, mean: Tensor) -> Tensor:
-    """2 D points whose mean and unbiased covariance are exactly these."""
-    n = 2 * len(variances)
-    points = torch.diag(((n - 1) / 2 * variances).sqrt())
-    return torch.cat([points, -points]) + mean
+    return frechet_distance(moments(real, batch).gaussian(), moments(fake, batch).gaussian())
 
 
 def oracle(a: Tensor, b: Tensor) -> float:
@@ -54,182 +56,204 @@ def oracle(a: Tensor, b: Tensor) -> float:
     return ((a.mean(0) - b.mean(0)).square().sum() + trace - 2 * cross).item()
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+# --- closed forms
 
 
 def test_mean_shift_is_its_squared_length() -> None:
-    ones, shift = torch.ones(16, dtype=torch.float64), torch.full((16,), 0.5, dtype=torch.float64)
-    real, fake = with_diagonal_covariance(ones, 0 * ones), with_diagonal_covariance(ones, shift)
-    assert distance(real, fake) == pytest.approx(16 * 0.25, rel=1e-12)
+    eye, shift = torch.eye(D, dtype=torch.float64), torch.full((D,), 0.5, dtype=torch.float64)
+    assert frechet_distance(around(eye), around(eye, shift)) == pytest.approx(D * 0.25, rel=1e-12)
 
 
-def test_diagonal_covariances() -> None:
-    a, b = normal(16).square(), normal(16, seed=1).square()
-    real, fake = with_diagonal_covariance(a, 0 * a), with_diagonal_covariance(b, 0 * b)
-    assert distance(real, fake) == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-9)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_commuting_covariances(rotated: bool) -> None:
+    a, b = uniform(D) + 0.1, uniform(D, seed=1) + 0.1
+    q = basis(2) if rotated else torch.eye(D, dtype=torch.float64)
+    value = frechet_distance(around(q * a @ q.T), around(q * b @ q.T))
+    assert value == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-11)
 
 
-@pytest.mark.parametrize("n", [8, 256])  # rank-deficient, full rank
-def test_agrees_with_the_nuclear_norm_oracle(n: int) -> None:
-    real, fake = normal(n, 64), 1 + 2 * normal(n + 3, 64, seed=1)
-    assert distance(real, fake) == pytest.approx(oracle(real, fake), rel=1e-6)
+def test_two_by_two_matrices_that_do_not_commute() -> None:
+    S1 = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    S2 = torch.tensor([[0.5, -0.3], [-0.3, 3.0]], dtype=torch.float64)
+    P = S1 @ S2
+    expected = S1.trace() + S2.trace() - 2 * (P.trace() + 2 * P.det().sqrt()).sqrt()
+    assert frechet_distance(around(S1), around(S2)) == pytest.approx(expected.item(), rel=1e-13)
 
 
-def test_batches_order_and_sides_do_not_matter() -> None:
-    real, fake = normal(100, 8), normal(90, 8, seed=1).exp()
+def test_spectra_over_twelve_decades() -> None:
+    a = torch.logspace(-12, 0, D, dtype=torch.float64)
+    b, q = a.flip(0), basis(0)
+    value = frechet_distance(around(q * a @ q.T), around(q * b @ q.T))
+    assert value == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-6)
+
+
+def test_disjoint_supports_add_up() -> None:
+    a, b, shift = normal(D).square(), normal(D, seed=1).square(), normal(D, seed=2)
+    a[: D // 2], b[D // 2 :] = 0, 0
+    expected = a.sum() + b.sum() + shift.square().sum()
+    assert frechet_distance(around(a.diag()), around(b.diag(), shift)) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_without_covariance_it_is_the_distance_of_the_means() -> None:
+    zero, shift = torch.zeros(D, D, dtype=torch.float64), normal(D)
+    assert frechet_distance(around(zero), around(zero, shift)) == pytest.approx(shift.square().sum().item(), rel=1e-13)
+    assert frechet_distance(around(zero), around(zero)) == 0
+
+
+# --- the oracle
+
+
+@pytest.mark.parametrize(("n", "rel"), [(4 * D, 1e-11), (D // 8, 1e-6)], ids=["full rank", "rank-deficient"])
+def test_agrees_with_the_nuclear_norm_oracle(n: int, rel: float) -> None:
+    real, fake = normal(n, D), 0.3 + 1.5 * normal(n + 3, D, seed=1) @ basis(2)
+    assert distance(real, fake) == pytest.approx(oracle(real, fake), rel=rel)
+
+
+@pytest.mark.parametrize("n", [4 * D, D // 8])
+def test_scale_comes_out_squared(n: int) -> None:
+    real, fake = normal(n, D), 1 + normal(n, D, seed=1)
+    assert distance(1e6 * real, 1e6 * fake) == pytest.approx(1e12 * oracle(real, fake), rel=1e-6)
+
+
+def test_statistics_stored_as_float32_are_decomposed_in_float64() -> None:
+    real, fake = normal(D // 8, D), 1 + normal(D // 8, D, seed=1)
+    stored = [Gaussian(g.mean.float(), g.covariance.float()) for g in (moments(x).gaussian() for x in (real, fake))]
+    assert frechet_distance(*stored) == pytest.approx(oracle(real, fake), rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [4 * D, D // 8])
+def test_a_set_against_itself_is_zero_but_for_rounding(n: int) -> None:
+    rows = 10 * normal(n, D)
+    assert -1e-3 <= distance(rows, rows) <= 1e-9
+
+
+def test_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Table(torch.nn.Module):
+        """Features by row number, which an image carries in its first byte: any vector without any network."""
+
+        num_features = 16
+
+        def forward(self, images: Tensor) -> Tensor:
+            return rows[images[:, 0, 0, 0].long()]
+
+    rows = torch.cat([normal(128, 16), 0.2 + normal(128, 16, seed=1).exp()])
+    numbered = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
+    metric = FrechetInceptionDistance(feature=Table())
+    metric.update(numbered[:128], real=True)
+    metric.update(numbered[128:], real=False)
+    assert distance(rows[:128], rows[128:]) == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+# --- what must not matter
+
+
+def test_it_is_symmetric_and_blind_to_a_common_rotation() -> None:
+    real, fake, q = normal(3 * D, D), normal(2 * D, D, seed=1).exp(), basis(2)
     value = distance(real, fake)
-    assert distance(real, fake, batch=7) == pytest.approx(value, rel=1e-12)
-    assert distance(real.flip(0), fake) == pytest.approx(value, rel=1e-12)
-    assert distance(fake, real) == pytest.approx(value, rel=1e-9)
+    assert distance(fake, real) == pytest.approx(value, rel=1e-11)
+    assert distance(real @ q, fake @ q) == pytest.approx(value, rel=1e-11)
 
 
-def test_a_set_against_itself_is_zero_and_the_raw_value_is_kept() -> None:
-    rows = normal(8, 64)  # rank-deficient: the formula gives about -1e-6
-    metric = FrechetDistance(Table(rows))
-    for real in (True, False):
-        metric.update(numbered(0, 8), real=real)
-    result = metric.compute()
-    assert result.value == max(result.raw, 0.0) < 1e-3
-    assert result.raw > -1e-3
-    assert (result.n_real, result.n_fake) == (8, 8)
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_a_constant_far_above_the_deviations_does_not_matter(batch: int) -> None:
+    real, fake = normal(300, 8), 0.2 + normal(301, 8, seed=1)
+    assert distance(1e4 + real, 1e4 + fake, batch) == pytest.approx(distance(real, fake), rel=1e-9)
 
 
-@pytest.mark.parametrize("real", [True, False])
-def test_features_that_are_not_finite_are_refused(real: bool) -> None:
-    rows = normal(8, 4)
-    rows[7, 2] = torch.nan
-    metric = FrechetDistance(Table(rows))
-    metric.update(numbered(0, 4), real=not real)
-    metric.update(numbered(4, 8), real=real)
-    with pytest.raises(
-        ValueError, match=f"features of the {'real' if real else 'generated'} images are not all finite"
-    ):
-        metric.compute()
+def close(result: Moments, rows: Tensor) -> None:
+    """Statistics are those that numpy finds in all rows at once, to 1e-12 of the largest number in them."""
+    found, mean = result.gaussian(), rows.mean(0).numpy()
+    covariance = np.cov(rows.numpy(), rowvar=False)
+    assert result.count == len(rows)
+    np.testing.assert_allclose(found.mean, mean, rtol=0, atol=1e-12 * np.abs(mean).max())
+    np.testing.assert_allclose(found.covariance, covariance, rtol=0, atol=1e-12 * np.abs(covariance).max())
 
 
-def test_too_few_images_and_wrong_batches_are_refused() -> None:
-    metric = FrechetDistance(Table(normal(8, 4)))
-    metric.update(numbered(0, 8), real=True)
-    metric.update(numbered(0, 1), real=False)
-    with pytest.raises(ValueError, match="at least 2 images on each side, got 8 real and 1 generated"):
-        metric.compute()
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        metric.update(torch.zeros(2, 3, 4, 4), real=True)
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        metric.update(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), real=True)
-
-
-def write_npz(path: Path, rows: Tensor, **extra: np.ndarray) -> Path:
-    np.savez(path, mu=rows.mean(0).numpy(), sigma=np.cov(rows.numpy(), rowvar=False), **extra)
-    return path
-
-
-def test_an_npz_reference_gives_the_distance_of_its_images(tmp_path: Path) -> None:
-    real, fake = normal(100, 8) + 5, normal(90, 8, seed=1)
-    path = write_npz(tmp_path / "reference.npz", real, arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    metric = FrechetDistance(Table(fake))
-    metric.set_real_statistics(load_statistics(path, 8))
-    metric.update(numbered(0, 90), real=False)
-    result = metric.compute()
-    assert result.value == pytest.approx(oracle(real, fake), rel=1e-9)
-    assert result.n_real is None
-    with pytest.raises(ValueError, match="given as statistics"):
-        metric.update(numbered(0, 2), real=True)
-    with pytest.raises(ValueError, match="expected statistics of 8 features, got 4"):
-        metric.set_real_statistics(FeatureStatistics(torch.zeros(4), torch.zeros(4, 4)))
-
-
-class Payload:
-    """Unpickling this makes the folder `marker`."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
-
-
-EYE = np.eye(3)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"mu": EYE[0]}, r"arrays 'mu' and 'sigma', got \['mu'\]"),
-        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, r"got \['arr_0'\]; give a folder of images instead"),
-        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"'mu' to be floating point \(3,\), got float64 \(4,\)"),
-        ({"mu": EYE[0], "sigma": EYE[0]}, r"'sigma' to be floating point \(3, 3\), got float64 \(3,\)"),
-        ({"mu": np.zeros(3, np.int64), "sigma": EYE}, "got int64"),
-        ({"mu": EYE[0], "sigma": np.full((3, 3), np.nan)}, "'sigma' holds NaN"),
-        ({"mu": EYE[0], "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
-    ],
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    order=st.permutations(range(24)),
+    cuts=st.lists(st.integers(0, 24), max_size=6),
+    parts=st.integers(1, 3),
+    data=st.data(),
 )
-def test_bad_references_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
-    path = tmp_path / "bad.npz"
-    np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_statistics(path, 3)
-    assert str(path) in str(caught.value)
-
-
-def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
-    path, marker = tmp_path / "evil.npz", tmp_path / "marker"
-    np.savez(path, mu=np.array([Payload(marker)] * 3, dtype=object), sigma=EYE)
-    with pytest.raises(ValueError, match="got object"):
-        load_statistics(path, 3)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(("shape", "message"), [((1 << 40,), r"got float64 \(1099511627776,\)"), ((3,), "bad.npz")])
-def test_headers_that_lie_about_their_content_are_refused(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
-    path, header = tmp_path / "bad.npz", io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mu.npy", header.getvalue() + b"\0" * 8)  # one number, whatever the header says
-    with pytest.raises(ValueError, match=message):
-        load_statistics(path, 3)
-
-
-def test_files_that_are_no_archive_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "text.npz"
-    path.write_text("not a zip")
-    with pytest.raises(ValueError, match="not a usable reference"):
-        load_statistics(path, 3)
-    with pytest.raises(FileNotFoundError):
-        load_statistics(tmp_path / "missing.npz", 3)
-
-
-def _rank(
-    rank: int, rendezvous: str, real: Tensor, fake: Tensor, given: bool, results: "torch.multiprocessing.Queue"
+def test_any_order_batches_and_attempts_give_the_statistics_of_one_shot(
+    order: Sequence[int], cuts: list[int], parts: int, data: st.DataObject
 ) -> None:
-    """One of two processes; the second holds a third of the real images and no generated one."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    metric = FrechetDistance(Table(torch.cat([real, fake])))
-    n, cut = len(real), 2 * len(real) // 3
-    if given:
-        metric.set_real_statistics(FeatureStatistics(real.mean(0), real.T.cov()))
-    else:
-        metric.update(numbered(0, cut) if rank == 0 else numbered(cut, n), real=True)
-    if rank == 0:
-        metric.update(numbered(n, n + len(fake)), real=False)
-    result = metric.compute()
-    results.put((result.value, result.n_fake))
-    torch.distributed.destroy_process_group()
+    rows = 3 + normal(24, 5)
+    sides = [Moments(5) for _ in range(parts)]  # some may see nothing
+    edges = [0, *sorted(cuts), 24]
+    for start, stop in itertools.pairwise(edges):  # batches, some of them empty
+        data.draw(st.sampled_from(sides)).update(rows[list(order[start:stop])], order[start:stop])
+    merged = Moments(5)
+    for side in sides:
+        merged.add_state(load(save(side.state())))  # through the bytes of a safetensors file
+    close(merged, rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("given", [False, True])
-def test_two_processes_one_without_work_give_the_value_of_one(tmp_path: Path, given: bool) -> None:
-    real, fake = normal(90, 8), normal(50, 8, seed=1) + 1
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (str(tmp_path / "rendezvous"), real, fake, given, results)
-    workers = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    values = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert values[0] == values[1]
-    assert values[0] == (pytest.approx(distance(real, fake), rel=1e-12), 50)
+def test_a_state_restores_the_statistics_bit_for_bit_and_shares_nothing() -> None:
+    first = moments(normal(20, 4))
+    state, second = first.state(), Moments(4)
+    second.add_state(state)
+    assert second.count == 20
+    assert torch.equal(second.mean, first.mean)
+    assert torch.equal(second.scatter, first.scatter)
+    first.update(normal(20, 4, seed=1))
+    second.add_state(state)
+    assert state["count"] == 20
+    assert torch.equal(second.mean, state["mean"])
+    assert torch.equal(second.scatter, 2 * state["scatter"])
+
+
+def test_features_of_lower_precision_are_summed_in_float64() -> None:
+    rows = 100 + normal(500, 4).float()
+    close(moments(rows, batch=13), rows.double())
+
+
+def test_the_biased_covariance_divides_by_the_count() -> None:
+    statistics = moments(normal(10, 4))
+    biased, unbiased = statistics.gaussian(unbiased=False), statistics.gaussian()
+    torch.testing.assert_close(biased.covariance, 0.9 * unbiased.covariance, rtol=1e-14, atol=0)
+    assert torch.equal(biased.mean, unbiased.mean)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_statistics_that_are_not_finite_are_refused_before_any_decomposition(value: float) -> None:
+    good, shift = around(torch.eye(D, dtype=torch.float64)), torch.zeros(D, dtype=torch.float64)
+    shift[3] = value
+    for bad in (around(good.covariance, shift), around(good.covariance + shift.diag())):
+        with pytest.raises(ValueError, match="of the real images are not all finite"):
+            frechet_distance(bad, good)
+        with pytest.raises(ValueError, match="of the generated images are not all finite"):
+            frechet_distance(good, bad)
+
+
+def test_statistics_of_other_features_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the same D on both sides, got \[\(3,\), \(3, 3\), \(4,\), \(4, 4\)\]"):
+        frechet_distance(around(torch.eye(3)), around(torch.eye(4)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_are_not_finite_have_no_statistics(value: float) -> None:
+    rows = normal(8, 4)
+    rows[7, 2] = value
+    with pytest.raises(ValueError, match="features are not all finite"):
+        moments(rows, batch=3).gaussian()
+
+
+def test_one_image_has_no_covariance() -> None:
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f"at least 2 images, got {n}"):
+            moments(normal(n, 4)).gaussian()
+
+
+def test_features_of_another_network_are_refused() -> None:
+    statistics = moments(normal(8, 4))
+    with pytest.raises(ValueError, match=r"expected features \(B, 4\), got \(8, 5\)"):
+        statistics.update(normal(8, 5))
+    with pytest.raises(ValueError, match=r"expected statistics of 4 features, got a scatter of \(5, 5\)"):
+        statistics.add_state(moments(normal(8, 5)).state())

@@ -1,5 +1,6 @@
-"""Image metrics: what a distance is measured in, the distance itself, and the record that goes with every number.
+"""Image metrics: the networks, statistics of their features, what is computed from these, and files of images.
 
-Each network has one file, so has each metric. Nothing here knows the models, the data sets or accelerate: images come
-in as uint8 tensors or as files, numbers go out as plain values with their settings.
+Each network has one file; statistics stream, over batches, attempts and processes, and distances are functions of what
+they give. Nothing here knows the models, the data sets or accelerate: images come in as uint8 tensors or as files,
+numbers go out as plain values with their settings.
 """

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import sha256, write_json
-from .frechet import FeatureNetwork
+from .inputs import exact_float32, expect_images
+from .network import FeatureNetwork
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
+NUM_FEATURES = 64
 _WEIGHTS, _RECORD = "model.safetensors", "classifier.json"
 
 
@@ -32,10 +34,9 @@ class DigitsFeatures(FeatureNetwork):
     weights goes into every result.
     """
 
-    num_features = 64
-
     def __init__(self) -> None:
         super().__init__()
+        self.widths = {"digits": NUM_FEATURES}
         self.trunk = nn.Sequential(
             nn.Conv2d(3, 32, 5, stride=2, padding=2),  # 16 x 16
             nn.ReLU(),
@@ -44,27 +45,43 @@ class DigitsFeatures(FeatureNetwork):
             nn.Conv2d(32, 64, 3, stride=2, padding=1),  # 4 x 4
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, self.num_features),
+            nn.Linear(64 * 4 * 4, NUM_FEATURES),
             nn.ReLU(),
         )
-        self.head = nn.Linear(self.num_features, NUM_CLASSES)
+        self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features of a batch.
 
         Args:
             images: `(B, 3, 32, 32)` uint8.
 
         Returns:
-            `(B, 64)` float32.
+            `(B, 64)` float32, named `digits`.
 
         Raises:
-            ValueError: If the images have another size.
+            ValueError: If the batch is not of that kind.
         """
+        expect_images(images)
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(f"digits features expect 32 x 32 images, got {size}; give --reference (a folder or .npz)")
-        return self.trunk(images.float() / 127.5 - 1)
+            raise ValueError(
+                f"digits features expect 32 x 32 images, got {size}: they measure the built-in data set alone; for "
+                "other images give --reference (a folder, a .zip or an .npz) and metrics such as fid"
+            )
+        with exact_float32(images.device):
+            return {"digits": self._penultimate(images)}
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Scores of the classes, with gradients.
+
+        Args:
+            images: `(B, 3, 32, 32)` uint8.
+
+        Returns:
+            `(B, 10)` float32.
+        """
+        return self.head(self._penultimate(images))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -77,20 +94,16 @@ class DigitsFeatures(FeatureNetwork):
         Returns:
             A number in [0, 1].
         """
-        return (self.head(self(images)).argmax(dim=1) == labels).double().mean().item()
-
-    def metric_name(self, n_fake: int) -> str:  # noqa: ARG002 - part of the interface
-        """`frechet_digits` for any number of images; it has no tables of published values to be confused with."""
-        return "frechet_digits"
+        return (self.class_logits(images).argmax(dim=1) == labels).double().mean().item()
 
     def describe(self) -> dict[str, Any]:
         """Everything about the features that a number depends on, ready for JSON."""
         return {
             "name": "digits",
             "protocol": "digits",
-            "num_features": self.num_features,
             "weights_sha256": hashlib.sha256(self._serialized()).hexdigest(),
             "resize": None,
+            "normalisation": "x / 127.5 - 1",
             "dtype": "float32",
         }
 
@@ -128,9 +141,13 @@ class DigitsFeatures(FeatureNetwork):
         got = sha256(folder / _WEIGHTS)
         if got != expected:
             raise ValueError(f"expected {folder / _WEIGHTS} with sha256 {expected}, got {got}: delete {folder}")
-        features = cls()
+        with torch.random.fork_rng(devices=[]):  # what a new network draws must not be missing from a training run
+            features = cls()
         features.load_state_dict(load_file(folder / _WEIGHTS))
         return features.requires_grad_(False).eval()
+
+    def _penultimate(self, images: Tensor) -> Tensor:
+        return self.trunk(images.float() / 127.5 - 1)
 
     def _serialized(self) -> bytes:
         """The weights as the content of a safetensors file, the same bytes for the same weights."""
@@ -172,7 +189,7 @@ def _fit(features: DigitsFeatures, images: Tensor, labels: Tensor, epochs: int, 
         for rows in torch.randperm(len(images)).split(batch_size):
             top, left = torch.randint(0, 2 * shift + 1, (2,)).tolist()
             shifted = padded[rows, :, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
-            loss = F.cross_entropy(features.head(features(shifted)), labels[rows], label_smoothing=0.05)
+            loss = F.cross_entropy(features.class_logits(shifted), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

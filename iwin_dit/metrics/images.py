@@ -1,71 +1,114 @@
-"""Images on disk as a metric sees them: a folder, checked as a whole before the first one is decoded.
+"""Sets of images as a metric sees them: a folder, a zip, an .npz or a tensor, checked before the long work begins.
 
-Must not know metrics or networks.
+A set is read by index, so any process can take any share of it. Pixels come as they are stored: no crop, no resize.
+Must not know metrics, networks or data sets.
 
-Letters: B batch, H W image axes.
+Letters: B batch, N images of a set, T frames, H W image axes.
 """
 
+import contextlib
 import hashlib
-import warnings
+import io
+import itertools
+import logging
+import threading
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files import sha256
+from .npz import array_names, explain_damage, open_archive, open_array
+
+logger = logging.getLogger(__name__)
+
+ARRAY_KEY = "arr_0"  # the array of an .npz that holds images, as ADM's evaluator reads it
+MAX_PIXELS = 64 * 2**20  # of one image: more than any that is compared, less than a decompression bomb
+MAX_BYTES = 4 * MAX_PIXELS  # of one image file in a zip, unpacked
+DECODE_THREADS = 8  # Pillow decodes outside the interpreter's lock
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders Pillow may try
 _MODES = ("RGB", "L")
+_T = TypeVar("_T")
+_BLOCK = 4096  # files handed to the threads at a time; there may be millions
 
 
-class ImageFiles:
-    """The images of a folder and its subfolders, in the order of their paths, all of one size.
-
-    Headers of all files are read at construction, pixels when asked for.
-
-    Args:
-        folder: Where to look for PNG, JPEG, WEBP and BMP files.
-        allow_jpeg: Whether JPEG is accepted: for references it is what data sets come in, but JPEG artefacts in
-            generated images change a distance, often for the better.
+class ImageSet(Protocol):
+    """Images, or clips, by index: stored somewhere, or made when they are read.
 
     Attributes:
-        size: Height and width.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds fewer than two images, or images that are broken, of several sizes, JPEG where that is
-            refused, or neither RGB nor grayscale (an alpha channel or a palette has no single meaning as RGB).
+        name: What the printed line says of the set.
+        prefetch: Whether `read` may run ahead, in another thread.
     """
 
-    def __init__(self, folder: Path, *, allow_jpeg: bool) -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"expected a folder of images, got {folder}, which is none")
-        self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-        if len(self.paths) < 2:
-            found = len(self.paths)
-            raise ValueError(f"expected at least 2 images ({' '.join(sorted(_SUFFIXES))}) in {folder}, got {found}")
-        sizes: Counter[tuple[int, int]] = Counter()
-        for path in self.paths:
-            with _open(path) as image:
-                if image.format == "JPEG" and not allow_jpeg:
-                    raise ValueError(f"{path} is JPEG, whose artefacts change the distance: save the samples as PNG")
-                if image.mode not in _MODES:
-                    raise ValueError(f"expected RGB or grayscale images, but {path} is {image.mode}: convert it first")
-                sizes[image.height, image.width] += 1
-        if len(sizes) > 1:
-            counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(5))
-            raise ValueError(f"expected images of one size in {folder}, got {counts}: crop them as for training")
-        self.size = next(iter(sizes))
+    name: str
+    prefetch: bool
 
     def __len__(self) -> int:
-        return len(self.paths)
+        """Count the images."""
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Decode some of the images.
+        """Give some of the images.
+
+        Args:
+            indices: Which ones, B of them; ascending ones are cheapest.
+
+        Returns:
+            `(B, 3, H, W)` uint8; of a set of clips `(B, T, 3, H, W)`.
+        """
+
+    def record(self) -> dict[str, Any]:
+        """Say what identifies the set, ready for JSON; among it `image_size`, [H, W].
+
+        Asked by one process, after all images have been read: it may have to look at those that others read.
+        """
+
+
+class _EncodedImages(ABC):
+    """What a folder and a zip have in common: named image files, all of one size.
+
+    Args:
+        path: Where they are, for messages.
+        names: Of all files in the set; they count for its hash.
+        allow_jpeg: Whether JPEG is accepted.
+    """
+
+    prefetch = True
+
+    def __init__(self, path: Path, names: Sequence[str], *, allow_jpeg: bool) -> None:
+        self.name, self.path, self.names = str(path), path, names
+        self._allow_jpeg = allow_jpeg
+        if len(names) < 2:
+            found = len(names)
+            raise ValueError(f"expected at least 2 images ({' '.join(sorted(_SUFFIXES))}) in {path}, got {found}")
+        self._pool = ThreadPoolExecutor(DECODE_THREADS)
+        self._digests: list[bytes | None] = [None] * len(names)  # of the contents that have been read
+        sizes = Counter(self._in_threads(self._check_header, range(len(names))))
+        if len(sizes) > 1:
+            counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(5))
+            raise ValueError(f"expected images of one size in {path}, got {counts}: crop them as for training")
+        self.size = next(iter(sizes))
+
+    @abstractmethod
+    def _open(self, index: int) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """Open one of the files."""
+
+    @abstractmethod
+    def _describe(self, index: int) -> str:
+        """Name one of the files in messages."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Decode some of the images, several at a time.
 
         Args:
             indices: Which ones, B of them.
@@ -76,30 +119,346 @@ class ImageFiles:
         Raises:
             ValueError: If an image is broken.
         """
-        arrays = []
-        for index in indices:
-            path = self.paths[index]
-            with _open(path) as image:
-                try:
-                    arrays.append(np.asarray(image.convert("RGB")))
-                except Exception as error:  # on damaged files Pillow raises nearly anything
-                    raise ValueError(f"{path} is broken: {error}") from error
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        images = np.empty((len(indices), *self.size, 3), np.uint8)
+        for _ in self._pool.map(self._decode, indices, images):
+            pass
+        return torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
-    def sha256(self) -> str:
-        """Hash of all names and contents, which identifies the set."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{content}  {path.relative_to(self.folder).as_posix()}\n".encode())
-        return digest.hexdigest()
+    def record(self) -> dict[str, Any]:
+        """What identifies the set; files that this process has not read are read now."""
+        unread = [index for index, digest in enumerate(self._digests) if digest is None]
+        for _ in self._in_threads(self._read_content, unread):
+            pass
+        digests = [digest for digest in self._digests if digest is not None]
+        listing = "".join(f"{digest.hex()}  {name}\n" for digest, name in zip(digests, self.names, strict=True))
+        return {
+            "path": str(self.path),
+            "n": len(self),
+            "image_size": list(self.size),
+            "sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
+            "duplicates": count_duplicates(digests, self.name),
+        }
+
+    def _in_threads(self, function: Callable[[int], _T], indices: Iterable[int]) -> Iterator[_T]:
+        indices = iter(indices)
+        while block := list(itertools.islice(indices, _BLOCK)):
+            yield from self._pool.map(function, block)
+
+    def _check_header(self, index: int) -> tuple[int, int]:
+        """Height and width of an image that may be in the set, without decoding it."""
+        where = self._describe(index)
+        with self._image(index, self._open(index)) as image:
+            if image.format == "JPEG" and not self._allow_jpeg:
+                raise ValueError(f"{where} is JPEG, whose artefacts change the distance: save the samples as PNG")
+            if image.mode not in _MODES:
+                raise ValueError(f"expected RGB or grayscale images, but {where} is {image.mode}: convert it first")
+            if image.has_transparency_data:
+                raise ValueError(f"{where} has a transparent colour, which has no single meaning as RGB: convert it")
+            return image.height, image.width
+
+    def _read_content(self, index: int) -> bytes:
+        """One file, hashed on the way."""
+        where = self._describe(index)
+        with explain_damage(f"{where} is broken"), self._open(index) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"expected images of at most {MAX_BYTES:,} bytes, but {where} is larger")
+        self._digests[index] = hashlib.sha256(content).digest()
+        return content
+
+    def _decode(self, index: int, row: np.ndarray) -> None:
+        """Decode one image into a row of the batch, `(H, W, 3)`."""
+        content = self._read_content(index)
+        with self._image(index, contextlib.closing(io.BytesIO(content))) as image:
+            try:
+                pixels = np.asarray(image.convert("RGB"))
+            except Exception as error:  # on damaged files Pillow raises nearly anything
+                raise ValueError(f"{self._describe(index)} is broken: {error}") from error
+        if pixels.shape != row.shape:
+            raise ValueError(f"{self._describe(index)} has become another image since the set was opened")
+        row[...] = pixels
+
+    @contextlib.contextmanager
+    def _image(self, index: int, source: contextlib.AbstractContextManager[IO[bytes]]) -> Iterator[Image.Image]:
+        """Open an image without decoding it; a file that is none, or a decompression bomb, is a ValueError."""
+        with source as file:
+            try:
+                image = Image.open(file, formats=_FORMATS)
+            except Exception as error:
+                raise ValueError(f"{self._describe(index)} is no usable image: {error}") from error
+            with image:
+                # Pillow's own limit is a warning, which cannot be made an error for one thread, and an error far above.
+                if image.width * image.height > MAX_PIXELS:
+                    pixels = f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all"
+                    raise ValueError(f"{self._describe(index)} is no usable image: {pixels}")
+                yield image
 
 
-def _open(path: Path) -> Image.Image:
-    """Open an image without decoding it; a file that is none, or a decompression bomb, is a ValueError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path, formats=_FORMATS)
-    except Exception as error:
-        raise ValueError(f"{path} is no usable image: {error}") from error
+class ImageFiles(_EncodedImages):
+    """The images of a folder and its subfolders, in the order of their paths, all of one size.
+
+    Headers of all files are read at construction, pixels when asked for. Hidden files and folders are left alone.
+
+    Args:
+        path: The folder in which to look for PNG, JPEG, WEBP and BMP files.
+        allow_jpeg: Whether JPEG is accepted: for references it is what data sets come in, but JPEG artefacts in
+            generated images change a distance, often for the better.
+
+    Attributes:
+        paths: The files.
+        size: Height and width.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it holds fewer than two images, or images that are broken, of several sizes, JPEG where that is
+            refused, or neither RGB nor grayscale (an alpha channel or a palette has no single meaning as RGB).
+    """
+
+    def __init__(self, path: Path, *, allow_jpeg: bool) -> None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"expected a folder of images, got {path}, which is none")
+        named = ((file, file.relative_to(path).as_posix()) for file in sorted(path.rglob("*")))
+        kept = [(file, name) for file, name in named if _is_image_name(name) and file.is_file()]
+        self.paths = [file for file, _ in kept]
+        super().__init__(path, [name for _, name in kept], allow_jpeg=allow_jpeg)
+
+    def _open(self, index: int) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return self.paths[index].open("rb")
+
+    def _describe(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class ImageZip(_EncodedImages):
+    """The images of a .zip, as StyleGAN and EDM keep data sets, in the order of their names, all of one size.
+
+    Nothing is extracted: a name such as `../../x.png` is a name and no place. Otherwise as `ImageFiles`.
+
+    Args:
+        path: The archive.
+        allow_jpeg: Whether JPEG is accepted.
+
+    Attributes:
+        size: Height and width.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no archive, or for its images as `ImageFiles`.
+    """
+
+    def __init__(self, path: Path, *, allow_jpeg: bool) -> None:
+        self._archive = open_archive(path)
+        self._lock = threading.Lock()  # the archive counts its readers, and the count is not atomic
+        entries = [e for e in self._archive.infolist() if _is_image_name(e.filename) and not e.is_dir()]
+        self._entries = sorted(entries, key=lambda entry: entry.filename)
+        super().__init__(path, [entry.filename for entry in self._entries], allow_jpeg=allow_jpeg)
+
+    @contextlib.contextmanager
+    def _open(self, index: int) -> Iterator[IO[bytes]]:
+        with self._lock:
+            with explain_damage(f"{self._describe(index)} is broken"):
+                file = self._archive.open(self._entries[index])
+            with file:
+                yield file
+
+    def _describe(self, index: int) -> str:
+        return f"{self._entries[index].filename} in {self.path}"
+
+
+class ImageArray:
+    """The images of an .npz, `arr_0` `(N, H, W, 3)` uint8, as ADM and those after it keep samples and references.
+
+    They are read by rows through the archive, so memory stays at a batch whether it is compressed or not. Reading goes
+    forward, and starts again at the first row where an earlier one is wanted.
+
+    Args:
+        path: The file; its other arrays are left alone.
+
+    Attributes:
+        size: Height and width.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no archive, or has no such array of at least two images.
+    """
+
+    prefetch = True
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        self._archive = open_archive(path)
+        self._lock = threading.Lock()
+        names = array_names(self._archive)
+        if ARRAY_KEY not in names:
+            raise ValueError(f"expected images as '{ARRAY_KEY}' in {path}, got the arrays {names}")
+        with explain_damage(f"{path} holds no usable images"):
+            self._stream, shape, dtype, fortran_order = open_array(self._archive, ARRAY_KEY)
+            if len(shape) != 4 or shape[0] < 2 or shape[3] != 3 or dtype != np.uint8:
+                wanted = "uint8 (N, H, W, 3), at least 2 images"
+                raise ValueError(f"expected '{ARRAY_KEY}' to be {wanted}, got {dtype} {shape}")
+            if fortran_order:
+                raise ValueError(f"'{ARRAY_KEY}' is in Fortran order, images last: save numpy.ascontiguousarray of it")
+            if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+                raise ValueError(f"expected images of at most {MAX_PIXELS:,} pixels, got {shape[1]} x {shape[2]}")
+        self._count, self.size = shape[0], (shape[1], shape[2])
+        self._row = 0  # where the stream stands
+        self._is_whole = False  # the stream has once come to its end, where zipfile compares the checksum
+        self._digests: list[bytes | None] = [None] * self._count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Read some of the images.
+
+        Args:
+            indices: Which ones, B of them; cheap where they ascend from call to call.
+
+        Returns:
+            `(B, 3, H, W)` uint8.
+
+        Raises:
+            ValueError: If the archive is damaged, as far as it was read.
+        """
+        images = np.empty((len(indices), *self.size, 3), np.uint8)
+        places = sorted(range(len(indices)), key=lambda place: indices[place])
+        with self._lock, explain_damage(f"{self.path} is damaged"):
+            for place, before in zip(places, [None, *places], strict=False):
+                if before is not None and indices[before] == indices[place]:
+                    images[place] = images[before]
+                else:
+                    self._go_to(indices[place])
+                    self._read_row(images[place])
+        return torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the set; the rest of the file is read now, as only its end tells whether it is whole."""
+        with self._lock, explain_damage(f"{self.path} is damaged"):
+            if not self._is_whole:
+                self._go_to(self._count)
+        digests = [digest for digest in self._digests if digest is not None]
+        return {
+            "path": str(self.path),
+            "n": len(self),
+            "image_size": list(self.size),
+            "sha256": sha256(self.path),
+            "duplicates": count_duplicates(digests, self.name),
+        }
+
+    def _go_to(self, row: int) -> None:
+        """Move the stream to the beginning of a row; what is passed over is hashed, too."""
+        if not 0 <= row <= self._count:
+            raise IndexError(f"expected an index below {self._count}, got {row}")
+        if row < self._row:
+            self._stream.close()
+            self._stream, self._row = open_array(self._archive, ARRAY_KEY).file, 0
+        scratch = np.empty((*self.size, 3), np.uint8) if row > self._row else None
+        while scratch is not None and self._row < row:
+            self._read_row(scratch)
+
+    def _read_row(self, image: np.ndarray) -> None:
+        """Fill one image `(H, W, 3)` from the stream."""
+        content = self._stream.read(image.nbytes)
+        if len(content) != image.nbytes:
+            raise EOFError(f"it ends within image {self._row} of {self._count}")
+        image[...] = np.frombuffer(content, np.uint8).reshape(image.shape)
+        if self._digests[self._row] is None:
+            self._digests[self._row] = hashlib.sha256(content).digest()
+        self._row += 1
+        self._is_whole |= self._row == self._count
+
+
+class ImageTensor:
+    """Images in memory.
+
+    Args:
+        images: `(N, 3, H, W)` uint8, or clips `(N, T, 3, H, W)`.
+        name: What the printed line says of them.
+
+    Attributes:
+        size: Height and width.
+
+    Raises:
+        ValueError: If there are fewer than two, or they have another shape or dtype.
+    """
+
+    prefetch = True
+
+    def __init__(self, images: Tensor, name: str) -> None:
+        if images.dtype != torch.uint8 or images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) < 2:
+            wanted = "at least 2 uint8 images (N, 3, H, W) or clips (N, T, 3, H, W)"
+            raise ValueError(f"expected {wanted}, got {images.dtype} {tuple(images.shape)}")
+        self.name, self.images = name, images
+        self.size = (images.shape[-2], images.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Give some of the images.
+
+        Args:
+            indices: Which ones, B of them.
+
+        Returns:
+            `(B, 3, H, W)` uint8; of clips `(B, T, 3, H, W)`.
+        """
+        return self.images[list(indices)]
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the set."""
+        contents = [image.cpu().numpy().tobytes() for image in self.images]
+        return {
+            "n": len(self),
+            "image_size": list(self.size),
+            "sha256": hashlib.sha256(b"".join(contents)).hexdigest(),
+            "duplicates": count_duplicates([hashlib.sha256(content).digest() for content in contents], self.name),
+        }
+
+
+def open_images(path: Path, *, allow_jpeg: bool) -> ImageSet:
+    """Open a set of images by what it is.
+
+    Args:
+        path: A folder, a .zip of images, or an .npz that holds images.
+        allow_jpeg: Whether a folder or zip may hold JPEG.
+
+    Returns:
+        The set, checked as far as its headers go.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If it is nothing of these, or not usable.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"expected a folder of images, a .zip or an .npz, got {path}, which does not exist")
+    if path.is_dir():
+        return ImageFiles(path, allow_jpeg=allow_jpeg)
+    if path.suffix.lower() == ".zip":
+        return ImageZip(path, allow_jpeg=allow_jpeg)
+    if path.suffix.lower() == ".npz":
+        return ImageArray(path)
+    raise ValueError(f"expected a folder of images, a .zip or an .npz, got the file {path}")
+
+
+def count_duplicates(digests: Sequence[bytes], name: str) -> int:
+    """Count the images that repeat an earlier one, and warn of them: a set with copies is a smaller set.
+
+    Args:
+        digests: Hash of every image.
+        name: Of the set, for the warning.
+
+    Returns:
+        How many could go without any content going.
+    """
+    duplicates = len(digests) - len(set(digests))
+    if duplicates:
+        logger.warning("%s: %d of %d images repeat another one, byte for byte", name, duplicates, len(digests))
+    return duplicates
+
+
+def _is_image_name(name: str) -> bool:
+    """Whether a relative path is named as an image, and not hidden (as the `._*` that macOS leaves in archives are)."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    return path.suffix.lower() in _SUFFIXES and not hidden

@@ -9,7 +9,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("iwin-dit", "torch", "torchvision", "torchmetrics", "pytorch-fid", "diffusers", "accelerate", "numpy")
+_PACKAGES = (
+    "iwin-dit",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "pytorch-fid",
+    "torch-fidelity",
+    "clean-fid",
+    "av",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""Clips to frames: video files through PyAV, and folders of frame images; the one decoder that every video user shares.
+
+The only file that imports PyAV (extra `video`). Pixels come as they are stored: RGB, no crop, no resize, no change of
+frame rate. Knows nothing of data sets, labels or tensors. Everything here may be called from several threads at once,
+and a call decodes in its own thread alone: decode several clips at a time.
+
+Letters: T frames, H W image axes.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .images import EXTENSIONS, MAX_PIXELS, read_image
+
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+_DEMUXERS = "mov,matroska,avi,gif"  # FFmpeg's names for those; others may fetch what a file names
+_OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+
+
+class BrokenVideoError(ValueError):
+    """A clip that cannot be decoded; the message names it. The reader decides how many of them to skip."""
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What a clip is, found without decoding it.
+
+    Attributes:
+        frames: Number of frames.
+        height: Of every frame.
+        width: Of every frame.
+        rate: Mean frames per second; None of a folder of frames, which does not say.
+    """
+
+    frames: int
+    height: int
+    width: int
+    rate: Fraction | None
+
+
+def list_clips(folder: Path) -> list[Path]:
+    """Find the clips below a folder: its video files, and the subfolders that directly hold frame images.
+
+    Args:
+        folder: Searched with its subfolders; what is hidden is left alone.
+
+    Returns:
+        Video files and folders of frames, in the order of their paths.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If images lie in `folder` itself, or beside video files: what would be their clip?
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of clips, got {folder}, which is none")
+    videos, with_frames = set(), set()
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.name.lower().endswith(VIDEO_EXTENSIONS) and path.is_file():
+            videos.add(path)
+        elif not hidden and path.name.lower().endswith(EXTENSIONS) and path.is_file():
+            with_frames.add(path.parent)
+    if folder in with_frames:
+        raise ValueError(f"expected clips in {folder}, got images: put the frames of every clip into its own folder")
+    if mixed := sorted(with_frames & {video.parent for video in videos}):
+        raise ValueError(f"expected video files or the frames of one clip in {mixed[0]}, got both: sort them apart")
+    return sorted(videos | with_frames)
+
+
+def probe_clip(path: Path) -> ClipFacts:
+    """Find out what a clip is.
+
+    A video file is read whole, but not decoded: its frames are counted by their packets, since the count in a header
+    may be missing or wrong. Of a folder of frames, the first one is decoded. A file that was cut off is an error where
+    the container has an index (mp4, mov, mostly avi); webm, mkv and gif just have fewer frames.
+
+    Args:
+        path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images.
+
+    Returns:
+        Number, size and rate of the frames.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If it is no clip (`BrokenVideoError` or `BrokenImageError` where it is damaged).
+        ImportError: If it is a video file and PyAV is not installed.
+    """
+    if path.is_dir():
+        paths = frame_paths(path)
+        first = read_image(paths[0], str(paths[0]))
+        return ClipFacts(len(paths), first.height, first.width, None)
+    with _open_video(path) as (container, stream):
+        # Packets of no size end the file, and an edit list may have the decoder discard some.
+        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        return ClipFacts(frames, stream.codec_context.height, stream.codec_context.width, stream.average_rate)
+
+
+def read_frames(path: Path, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
+    """Decode frames `start`, `start + stride`, ... of a clip.
+
+    A video file is decoded from its beginning, which finds frame `start` exactly in every container, at the cost of
+    decoding what is skipped.
+
+    Args:
+        path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images, numbered or in the order of names.
+        start: The first frame, from 0.
+        count: How many frames, T; None takes all that follow.
+        stride: Distance between frames that are taken; 1 takes every one.
+
+    Returns:
+        `(T, H, W, 3)` uint8, RGB.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If the clip is too short, or no clip, or its frames have several sizes (`BrokenVideoError` or
+            `BrokenImageError` where it is damaged).
+        ImportError: If it is a video file and PyAV is not installed.
+    """
+    if start < 0 or stride < 1 or (count is not None and count < 1):
+        raise ValueError(f"expected start >= 0, count >= 1 and stride >= 1, got {start}, {count} and {stride}")
+    stop = None if count is None else start + (count - 1) * stride + 1
+    if path.is_dir():
+        chosen = frame_paths(path)[start:stop:stride]
+        frames = [np.asarray(read_image(frame, str(frame))) for frame in chosen]
+    else:
+        with _open_video(path) as (container, stream):
+            frames = []
+            for i, frame in enumerate(islice(container.decode(stream), stop)):
+                if frame.is_corrupt:  # parts of it are the decoder's guess, and parts of the next ones rest on it
+                    raise BrokenVideoError(f"{path} is damaged in frame {i}")
+                if i >= start and (i - start) % stride == 0:
+                    frames.append(frame.to_ndarray(format="rgb24"))
+    if len(frames) < (count or 1):
+        wanted = f"{start + 1 if stop is None else stop} frames (start {start}, count {count}, stride {stride})"
+        raise ValueError(f"{path} is too short: expected at least {wanted}, got fewer")
+    if len(sizes := {frame.shape for frame in frames}) > 1:
+        raise ValueError(f"expected frames of one size in {path}, got {sorted(shape[:2] for shape in sizes)}")
+    return np.stack(frames)
+
+
+def frame_paths(folder: Path) -> list[Path]:
+    """The frame images that a folder directly holds, by number where their names have one: `2.png` before `10.png`.
+
+    Args:
+        folder: The folder of one clip.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    paths = [p for p in folder.iterdir() if p.name.lower().endswith(EXTENSIONS) and not p.name.startswith(".")]
+    if not paths:
+        raise ValueError(f"expected frame images ({', '.join(EXTENSIONS)}) in {folder}, found none")
+    return sorted(paths, key=_by_number)
+
+
+def _by_number(path: Path) -> tuple[list[str | int], str]:
+    """Sort key of a name: text and whole numbers by turns, and the name itself where `1.png` stands beside `01.png`."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+@contextlib.contextmanager
+def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video file: PyAV's container and its first video stream. FFmpeg's errors name the file."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('video files need PyAV: pip install "iwin-dit[video]"; folders of frames do not') from error
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a video file or a folder of frames, got {path}, which is neither")
+    if not path.name.lower().endswith(VIDEO_EXTENSIONS):
+        raise ValueError(f"expected a video file ({', '.join(VIDEO_EXTENSIONS)}), got {path}")
+    try:
+        with av.open(f"file:{path}", container_options=_OPTIONS) as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise BrokenVideoError(f"{path} has no video stream that can be decoded")
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if not 0 < width * height <= MAX_PIXELS:
+                raise BrokenVideoError(f"{path}: {width} x {height} pixels a frame, expected 1 to {MAX_PIXELS:,}")
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except av.FFmpegError as error:
+        raise BrokenVideoError(f"{path} cannot be decoded: {error.strerror}") from error
