@@ -1,54 +1,44 @@
-"""Score a model or a folder of images by its Frechet distance to a reference.
+"""Measure a model, images or videos against real ones; make a reference file; sweep over sampler settings.
 
     accelerate launch evaluate_fid.py --model runs/digits
     accelerate launch evaluate_fid.py --model runs/x --reference imagenet256.npz --guidance 1.5 --steps 250
-    python evaluate_fid.py --images samples/ --reference photos/
+    accelerate launch evaluate_fid.py --images samples.npz --reference imagenet256.npz --metrics fid,sfid,is,kid,pr
+    accelerate launch evaluate_fid.py reference --source data/imagenet/train --resolution 256 --out imagenet256.npz
+    accelerate launch evaluate_fid.py sweep --model runs/x --reference imagenet256.npz --guidance 1 1.5 2 --out sweep
 
-Prints one line and writes a JSON with every setting behind the number.
+The first three are the command `evaluate`, which prints a line per metric and writes a JSON with every setting behind
+it. The commands `reference` and `sweep` have a --help of their own. An evaluation or a sweep that was interrupted goes
+on when the same command is given again.
 """
 
 import argparse
-import hashlib
-import inspect
-import json
+import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # What needs torch is imported in the functions, so that --help answers at once.
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
-    from iwin_dit.metrics.frechet import FeatureNetwork, FrechetDistance, FrechetResult
-    from iwin_dit.pipelines import IwinDiTPipeline
+    from iwin_dit.data.sources import ImageSource
+    from iwin_dit.evaluation.evaluator import Evaluator
+    from iwin_dit.evaluation.samples import Sampling
+    from iwin_dit.evaluation.sweep import Opened
+    from iwin_dit.metrics.images import ImageSet
+    from iwin_dit.metrics.network import FeatureNetwork
 
-CLASSIFIER = Path("data/digits/classifier")
-HOLDOUT, SPLIT_SEED, MIN_ACCURACY = 300, 0, 0.98  # of the digits classifier
-DEFAULT_SAMPLES = {"digits": 500, "inception": 50_000}
-# Arguments of the pipeline's call that the command line can set.
-SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
+Result = TypeVar("Result")
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images by index: of a folder, of the digits, or sampled when they are read.
-
-    Attributes:
-        count: Number of images.
-        read: Indices, B of them, to uint8 `(B, 3, H, W)`.
-        name: What the printed line says of them.
-        record: Gives what the JSON says of them.
-    """
-
-    count: int
-    read: "Callable[[Sequence[int]], torch.Tensor]"
-    name: str
-    record: Callable[[], dict[str, Any]]
+COMMANDS = ("evaluate", "reference", "sweep")
+PROTOCOLS = ("adm", "pytorch-fid", "clean")
+DEFAULT_SAMPLES, DIGITS_SAMPLES = 50_000, 500
+LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
+SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,406 +48,424 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         argv: Arguments without the program's name; None means the process's own.
 
     Returns:
-        The arguments; `features` is "digits" or "inception", `out` is set.
+        The arguments, with every default that does not depend on the model; `command` is one of `COMMANDS`.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    fake = parser.add_mutually_exclusive_group(required=True)
-    fake.add_argument("--model", help="run folder, pipeline folder or Hub id to sample from")
-    fake.add_argument("--images", type=Path, help="folder of generated images instead (PNG, WEBP or BMP)")
-    parser.add_argument("--reference", default="digits", help="folder, ADM .npz, or 'digits' (default)")
-    parser.add_argument(
-        "--features", choices=("auto", "inception", "digits"), default="auto", help="auto: by reference"
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words and words[0] in COMMANDS else "evaluate"
+    parser = argparse.ArgumentParser(
+        prog="evaluate_fid.py" if command == "evaluate" else f"evaluate_fid.py {command}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--num-samples", type=int, help="default 50000, with digits features 500; of --images: all")
+    add_options, check = {
+        "evaluate": (_add_evaluate, _check_evaluate),
+        "reference": (_add_reference, _check_reference),
+        "sweep": (_add_sweep, _check_sweep),
+    }[command]
+    add_options(parser)
+    args = parser.parse_args(words, argparse.Namespace(command=command))
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    fake = parser.add_mutually_exclusive_group(required=True)
+    fake.add_argument("--model", help="run folder, checkpoint folder, pipeline folder or Hub id to sample from")
+    fake.add_argument("--images", type=Path, help="generated images: a folder, a .zip, or an .npz (arr_0)")
+    fake.add_argument("--videos", type=Path, help="generated clips: a folder of videos, or of folders of frames")
+    _add_measuring(parser)
+    parser.add_argument("--i3d", type=Path, help="TorchScript file of I3D, for fvd")
+    parser.add_argument("--frames", type=int, help="of each clip; default 16")
+    parser.add_argument("--stride", type=int, help="frames of a video from one of the clip to the next; default 1")
+    parser.add_argument("--num-samples", type=int, help="default 50000, for the digits 500; of files: all")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's own")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's own")
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
     )
     parser.add_argument("--guidance-channels", type=int, help="guide only the first so many latent channels")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's own")
-    parser.add_argument("--seed", type=int, help="image i is drawn with seed + i; default 0")
-    parser.add_argument("--batch-size", type=int, default=50, help="images per process at a time; default 50")
-    parser.add_argument("--inception-weights", type=Path, help="file, where it is not in torch's cache")
+    parser.add_argument("--scheduler", help="such as UniPCMultistep or DDIM; default: the pipeline's own")
+    _add_sampling(parser)
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--save-images", type=Path, metavar="DIR", help="keep the samples as PNG, and reuse those there")
+    kept.add_argument("--save-npz", type=Path, metavar="FILE", help="keep the samples as ADM's evaluator reads them")
     parser.add_argument("--out", type=Path, help="result file; default <run folder>/fid.json, else ./fid.json")
-    args = parser.parse_args(argv)
 
-    if args.features == "auto":
-        args.features = "digits" if args.reference == "digits" else "inception"
-    if args.features == "digits" and args.inception_weights is not None:
-        parser.error("--inception-weights has no meaning with digits features")
-    if args.features == "digits" and args.reference.endswith(".npz"):
-        parser.error("an .npz reference holds Inception statistics: use --features inception")
-    sampling = ("guidance", "guidance_interval", "guidance_channels", "steps", "seed")
-    given = [name.replace("_", "-") for name in sampling if getattr(args, name) is not None]
-    if args.images is not None and given:
-        parser.error(f"--{given[0]} has no meaning with --images: they are sampled already")
-    if args.batch_size < 1 or (args.num_samples is not None and args.num_samples < 2):
-        parser.error("expected --batch-size of at least 1 and --num-samples of at least 2")
+
+def _add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="folder of images or class folders, tars, hf:NAME, or digits")
+    parser.add_argument("--resolution", type=int, required=True, help="side in pixels, after ADM's centre crop")
+    parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    _add_networks(parser)
+    parser.add_argument("--keep-images", type=int, default=10_000, help="for kid, pr; default 10000, as in ADM's files")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of those images; default 0")
+    parser.add_argument("--max-broken", type=int, default=0, help="images that may be broken, and are left out")
+    parser.add_argument("--split", default="train", help="of a Hugging Face data set; default train")
+    parser.add_argument("--revision", help="of a Hugging Face data set")
+    parser.add_argument("--config", help="configuration of a Hugging Face data set that has several")
+    parser.add_argument("--streaming", action="store_true", help="read a Hugging Face data set as it comes")
+    parser.add_argument("--image-key", help="image column of a Hugging Face data set, or extension in tars")
+    parser.add_argument("--label-key", help="label column of a Hugging Face data set, or extension in tars")
+    parser.add_argument("--num-classes", type=int, default=1000, help="of tars and Hugging Face; default 1000")
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", required=True, help="models, checkpoint folders among them")
+    _add_measuring(parser)
+    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, for the digits 500")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="sampling steps")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[], help="guidance scales")
+    parser.add_argument(
+        "--guidance-interval", type=_interval, nargs="+", default=[], metavar="LOW,HIGH", help="where to guide"
+    )
+    parser.add_argument("--guidance-channels", type=int, nargs="+", default=[], help="numbers of channels to guide")
+    parser.add_argument("--scheduler", nargs="+", default=[], help="such as UniPCMultistep or DDIM")
+    _add_sampling(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results, table and plot")
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", help="folder, .zip or .npz of images; .npz of statistics; 'digits'")
+    _add_networks(parser)
+
+
+def _add_networks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics",
+        type=lambda text: tuple(text.split(",")),
+        help="of fid,sfid,is,kid,pr,fd_dinov2,frechet_digits,fvd; default by what is compared",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="resize and normalisation for Inception; default adm")
+    parser.add_argument("--inception-weights", type=Path, help="file, where it is not in torch's cache")
+    parser.add_argument("--dinov2", help="folder or Hub id of the network for fd_dinov2")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per process at a time; default 50")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labels", choices=("balanced", "random"), help="classes: i mod their number (default), drawn")
+    parser.add_argument("--seed", type=int, help="image i is drawn with seed + i; default 0")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint folder; default ema")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = (float(part) for part in text.split(","))
+    return low, high
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    source = "--model" if args.model is not None else "--images" if args.images is not None else "--videos"
+    if source != "--model":
+        _refuse(args, (*SAMPLING, "weights", "save_images", "save_npz"), f"{source}: they are sampled already")
+    if source != "--videos":
+        _refuse(args, ("i3d", "frames", "stride"), f"{source}: they are for --videos")
+    if args.metrics is None and source == "--videos":
+        args.metrics = ("fvd",)
+    _check_measuring(args)
+    if ("fvd" in args.metrics) != (source == "--videos"):
+        raise ValueError(f"fvd and no other metric compares --videos, got {','.join(args.metrics)} for {source}")
+    args.frames = 16 if args.frames is None else args.frames
+    args.stride = 1 if args.stride is None else args.stride
+    if min(args.frames, args.stride) < 1:
+        raise ValueError(f"expected --frames and --stride of at least 1, got {args.frames} and {args.stride}")
+    if args.save_npz is not None and args.save_npz.suffix != ".npz":
+        raise ValueError(f"expected --save-npz to be named .npz, got {args.save_npz}")
     if args.out is None:
-        args.out = Path(args.model) / "fid.json" if _is_run_folder(args.model) else Path("fid.json")
-    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
-        parser.error(f"--out {args.out}: its folder does not exist or cannot be written")
-    return args
+        is_run = args.model is not None and (Path(args.model) / "pipeline" / "model_index.json").is_file()
+        args.out = Path(args.model) / "fid.json" if is_run else Path("fid.json")
+    _check_place("--out", args.out)
+    _check_place("--save-npz", args.save_npz)
 
 
-def _is_run_folder(model: str | None) -> bool:
-    return model is not None and (Path(model) / "pipeline" / "model_index.json").is_file()
+def _check_reference(args: argparse.Namespace) -> None:
+    if args.metrics is None:
+        args.metrics = ("frechet_digits",) if args.source == "digits" else ("fid", "sfid")
+    _check_networks(args)
+    unusual = {"fvd", "is"} & set(args.metrics)
+    if unusual:
+        raise ValueError(f"no reference file is made for {', '.join(sorted(unusual))}")
+    if args.out.suffix != ".npz" or args.resolution < 1 or args.keep_images < 0:
+        raise ValueError("expected --out to be named .npz, a positive --resolution and --keep-images of at least 0")
+    _check_place("--out", args.out)
 
 
-def load_features(args: argparse.Namespace) -> "FeatureNetwork":
-    """Load the feature network; download or train what is missing.
+def _check_sweep(args: argparse.Namespace) -> None:
+    _check_measuring(args)
+    if "fvd" in args.metrics:
+        raise ValueError("fvd compares videos, and models give images")
+
+
+def _check_measuring(args: argparse.Namespace) -> None:
+    """Metrics and reference, each by the other where one is not given; numbers of images."""
+    from iwin_dit.evaluation.suite import needs_reference
+
+    if args.metrics is None:
+        args.metrics = ("frechet_digits",) if args.reference in (None, "digits") else ("fid",)
+    _check_networks(args)
+    needing = [name for name in args.metrics if needs_reference(name)]
+    if args.reference is not None and not needing:
+        raise ValueError(f"--reference has no meaning with --metrics {','.join(args.metrics)}")
+    if args.reference is None and needing:
+        if needing != ["frechet_digits"]:
+            raise ValueError(f"--metrics {','.join(args.metrics)} needs a --reference")
+        args.reference = "digits"
+    if args.num_samples is not None and args.num_samples < 2:
+        raise ValueError(f"expected --num-samples of at least 2, got {args.num_samples}")
+
+
+def _check_networks(args: argparse.Namespace) -> None:
+    """The metrics, and that what is said of their networks has a meaning."""
+    from iwin_dit.evaluation.suite import METRICS, check_metrics, uses_protocol
+
+    check_metrics(args.metrics, args.protocol or "adm")
+    wording = f"--metrics {','.join(args.metrics)}"
+    if not uses_protocol(args.metrics):
+        _refuse(args, ("protocol", "inception_weights"), wording)
+    if "dinov2" not in {METRICS[name].network for name in args.metrics}:
+        _refuse(args, ("dinov2",), wording)
+    args.protocol = args.protocol or "adm"
+    if args.batch_size < 1:
+        raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], wording: str) -> None:
+    """Refuse what is given and would be ignored."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {wording}")
+
+
+def _check_place(flag: str, path: Path | None) -> None:
+    if path is not None and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"{flag} {path}: its folder does not exist or cannot be written")
+
+
+def start() -> "Accelerator":
+    """Join the processes of the launch."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from iwin_dit.training.runtime import check_launch, use_all_cores
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    check_launch(accelerator)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("iwin_dit").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    return accelerator
+
+
+def opened(accelerator: "Accelerator", action: "Callable[[], Result]") -> "Result":
+    """Open something on the main process first, whose mistakes then end all processes.
 
     Args:
-        args: The command line.
+        accelerator: The processes.
+        action: What to do.
 
     Returns:
-        The network.
-    """
-    from huggingface_hub import is_offline_mode
-
-    from iwin_dit.metrics.digits import DigitsFeatures
-    from iwin_dit.metrics.inception import InceptionFeatures, find_inception_weights
-
-    if args.features == "inception":
-        return InceptionFeatures(find_inception_weights(args.inception_weights, download=not is_offline_mode()))
-    if not DigitsFeatures.is_saved(CLASSIFIER):
-        train_classifier(CLASSIFIER)
-    return DigitsFeatures.load(CLASSIFIER)
-
-
-def train_classifier(folder: Path) -> None:
-    """Train the digits classifier on the training split and save it.
-
-    Args:
-        folder: Where to save it.
+        What it gave.
 
     Raises:
-        ValueError: If it recognises too few of the held-out digits for its features to mean anything.
+        ValueError: The action's, or that a file is missing or cannot be read or written.
+        ImportError: The action's.
     """
+    from iwin_dit.training.ranks import main_first
+
+    def guarded() -> "Result":
+        try:
+            return action()
+        except OSError as error:  # which main_first does not tell the others
+            raise ValueError(str(error)) from error
+
+    return main_first(accelerator, guarded)
+
+
+def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Evaluator":
+    """Open networks and reference, so that what is missing or broken is refused before the long work."""
+    from iwin_dit.evaluation.evaluator import Evaluator, Request
+
+    given = {name: getattr(args, name) for name in ("i3d", "frames", "stride") if hasattr(args, name)}
+    request = Request(
+        args.metrics,
+        args.reference,
+        protocol=args.protocol,
+        inception_weights=args.inception_weights,
+        dinov2=args.dinov2,
+        batch_size=args.batch_size,
+        **given,
+    )
+    return Evaluator(request, accelerator.device)
+
+
+def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerator") -> "Opened":
+    """Load a pipeline in the precision of the launch, and identify its weights."""
     import torch
 
-    from iwin_dit.data.digits import Digits
-    from iwin_dit.data.sources import split_indices
-    from iwin_dit.metrics.digits import train_digits_features
-
-    digits = Digits()
-    images, labels = torch.stack([digits[i] for i in range(len(digits))]), torch.tensor(digits.labels)
-    train, held_out = (torch.from_numpy(rows) for rows in split_indices(digits.labels, HOLDOUT, SPLIT_SEED))
-    features = train_digits_features(images[train], labels[train], seed=SPLIT_SEED)
-    accuracy = features.accuracy(images[held_out], labels[held_out])
-    if accuracy < MIN_ACCURACY:
-        raise ValueError(
-            f"the digits classifier recognises {accuracy:.1%} of held-out digits, under {MIN_ACCURACY:.0%}"
-        )
-    features.save(folder, {"held_out_accuracy": accuracy, "holdout": HOLDOUT, "seed": SPLIT_SEED})
-
-
-def image_folder(folder: Path, *, allow_jpeg: bool) -> ImageSet:
-    """Open a folder of images as a set.
-
-    Args:
-        folder: Searched with its subfolders.
-        allow_jpeg: Whether JPEG may count.
-
-    Returns:
-        The set, its headers checked.
-    """
-    from iwin_dit.metrics.images import ImageFiles
-
-    files = ImageFiles(folder, allow_jpeg=allow_jpeg)
-    return ImageSet(len(files), files.read, str(folder), lambda: {"sha256": files.sha256(), "image_size": files.size})
-
-
-def generated_images(args: argparse.Namespace) -> ImageSet:
-    """Open the folder of generated images, all of which count.
-
-    Args:
-        args: The command line.
-
-    Returns:
-        The set.
-
-    Raises:
-        ValueError: If the folder holds another number of images than was asked for.
-    """
-    images = image_folder(args.images, allow_jpeg=False)
-    if args.num_samples not in (None, images.count):
-        raise ValueError(
-            f"expected {args.num_samples} images in {args.images}, as --num-samples says, got {images.count}"
-        )
-    return images
-
-
-def reference_images(reference: str) -> ImageSet:
-    """Open a reference that comes as images.
-
-    Args:
-        reference: "digits" or a folder.
-
-    Returns:
-        The set.
-    """
-    if reference != "digits":
-        return image_folder(Path(reference), allow_jpeg=True)
-    import torch
-
-    from iwin_dit.data.digits import Digits
-
-    digits = Digits()
-    images = torch.stack([digits[i] for i in range(len(digits))])
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    record = {"sha256": digest, "image_size": tuple(images.shape[-2:])}
-    return ImageSet(len(images), lambda indices: images[list(indices)], "digits", lambda: record)
-
-
-def sampled_images(args: argparse.Namespace, device: "torch.device", precision: str) -> ImageSet:
-    """Load the pipeline; image i has label i mod classes and its own generator, seeded by seed + i.
-
-    Args:
-        args: The command line.
-        device: Where to sample.
-        precision: "no", "fp16" or "bf16", as Accelerate words it.
-
-    Returns:
-        The set, whose images are sampled as they are read.
-
-    Raises:
-        ValueError: If the precision is another one, or the pipeline makes no images.
-    """
-    import torch
-
-    from iwin_dit.pipelines.loading import load_pipeline
+    from iwin_dit.pipelines.loading import Weights, identify, load_pipeline
 
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    precision: str = accelerator.mixed_precision
+    weights: Weights = args.weights or "ema"
     if precision not in dtypes:
         raise ValueError(f"expected a mixed precision of {list(dtypes)} to sample with, got {precision!r}")
-    pipe = load_pipeline(args.model, device, dtypes[precision])
-    if pipe.codec is None:
-        raise ValueError(f"{args.model} has no VAE, so there are latents but no images to score: add a VAE to it")
-    pipe.set_progress_bar_config(disable=True)
-    count = args.num_samples or DEFAULT_SAMPLES[args.features]
-    first_seed = args.seed or 0
-    num_classes = pipe.transformer.config.num_classes
-    record = {
-        "weights": "ema" if _is_run_folder(args.model) else "as stored in the pipeline",
-        "weights_sha256": weights_sha256(args.model),
-        "vae": {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()},  # of the weights in `dtype`
-        "dtype": str(dtypes[precision]).removeprefix("torch."),
-        "labels": f"i mod {num_classes}",
-        "seeds": [first_seed, first_seed + count - 1],
-        "rounding": "round(255 x)",
-        **sampler_record(pipe, args),
-    }
-    settings = {name: record[name] for name in SETTINGS}
-
-    def read(indices: Sequence[int]) -> torch.Tensor:
-        (images,) = pipe(
-            [i % num_classes for i in indices],
-            **settings,
-            # On the CPU, so that every device starts from the same noise.
-            generator=[torch.Generator().manual_seed(first_seed + i) for i in indices],
-            output_type="pt",
-            return_dict=False,
-        )
-        record["image_size"] = tuple(images.shape[-2:])
-        return to_uint8(images)
-
-    sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
-    name = f"guidance {settings['guidance_scale']:g}, {settings['num_inference_steps']} steps, {sampler}"
-    return ImageSet(count, read, name, lambda: record)
+    return load_pipeline(model, accelerator.device, dtypes[precision], weights), identify(model, weights)
 
 
-def weights_sha256(model: str) -> dict[str, str] | None:
-    """Identify the transformer that is scored.
+def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "ImageSet":
+    """Open what is to be measured: files, or samples that are drawn when they are read.
 
     Args:
-        model: Run folder, pipeline folder or Hub id.
-
-    Returns:
-        The sha256 of its weight files by name; None for a Hub id, whose files lie in the Hub's cache.
-    """
-    from iwin_dit.files import sha256
-
-    folder = Path(model) / "pipeline" if _is_run_folder(model) else Path(model)
-    return {path.name: sha256(path) for path in sorted((folder / "transformer").glob("*.safetensors"))} or None
-
-
-def sampler_record(pipe: "IwinDiTPipeline", args: argparse.Namespace) -> dict[str, Any]:
-    """What the images depend on besides weights and noise, with the pipeline's own defaults as values.
-
-    Args:
-        pipe: The pipeline.
         args: The command line.
+        accelerator: Of this process.
 
     Returns:
-        Values for the call and for the JSON.
-    """
-    parameters = inspect.signature(pipe.__call__).parameters
-    given = (
-        args.steps,
-        args.guidance,
-        args.guidance_interval and tuple(args.guidance_interval),
-        args.guidance_channels,
-    )
-    values = dict(zip(SETTINGS, given, strict=True))
-    return {
-        **{name: parameters[name].default if value is None else value for name, value in values.items()},
-        "scheduler": {
-            "class": type(pipe.scheduler).__name__,
-            "config": json.loads(pipe.scheduler.to_json_string()),
-        },
-    }
-
-
-def to_uint8(images: "torch.Tensor") -> "torch.Tensor":
-    """Round images as saving them to PNG would.
-
-    Args:
-        images: `(B, 3, H, W)` floating point in [0, 1].
-
-    Returns:
-        `(B, 3, H, W)` uint8.
+        The set.
 
     Raises:
-        FloatingPointError: If a value is not finite, which uint8 would turn into a plausible grey.
+        ValueError: If there are more or fewer files than --num-samples says.
     """
-    import torch
+    from iwin_dit.evaluation.samples import SampledImages
+    from iwin_dit.evaluation.saving import SavedArray, SavedImages
+    from iwin_dit.evaluation.videos import VideoFiles
+    from iwin_dit.metrics import images
 
-    if not images.isfinite().all():
-        raise FloatingPointError("the pipeline gave NaN or infinite pixels; a Frechet distance of them means nothing")
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def accumulate(
-    metric: "FrechetDistance", images: ImageSet, *, real: bool, accelerator: "Accelerator", batch_size: int
-) -> None:
-    """Add this process's share of a set to the metric.
-
-    Args:
-        metric: To update.
-        images: The set, of all processes.
-        real: Which side it is.
-        accelerator: Tells the share.
-        batch_size: Images at a time.
-    """
-    from tqdm import tqdm
-
-    share = range(accelerator.process_index, images.count, accelerator.num_processes)
-    bar = tqdm(total=len(share), desc="real" if real else "fake", unit="img", disable=not accelerator.is_main_process)
-    with bar:
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            metric.update(images.read(indices), real=real)
-            bar.update(len(indices))
+    if args.model is not None:
+        pipe, about = open_pipeline(args.model, args, accelerator)
+        samples = SampledImages(pipe, count(args), common_sampling(args), about)
+        if args.save_images is not None:
+            return SavedImages(samples, args.save_images)
+        return samples if args.save_npz is None else SavedArray(samples, args.save_npz)
+    files: ImageSet
+    if args.images is not None:
+        files = images.open_images(args.images, allow_jpeg=False)
+    else:
+        files = VideoFiles(args.videos, args.frames, args.stride)
+    if args.num_samples not in (None, len(files)):
+        raise ValueError(f"expected {args.num_samples} in {files.name}, as --num-samples says, got {len(files)}")
+    return files
 
 
-def report(
-    args: argparse.Namespace,
-    result: "FrechetResult",
-    features: "FeatureNetwork",
-    fake: ImageSet,
-    real: ImageSet | None,
-    run: dict[str, Any],
-) -> None:
-    """Write the JSON, then print the line: no number without its settings.
+def count(args: argparse.Namespace) -> int:
+    """Number of images to sample."""
+    return args.num_samples or (DIGITS_SAMPLES if args.metrics == ("frechet_digits",) else DEFAULT_SAMPLES)
 
-    Args:
-        args: The command line.
-        result: The distance.
-        features: What it was measured in.
-        fake: The generated images.
-        real: The reference images; None where the reference is a statistics file.
-        run: Facts about this run.
-    """
-    from iwin_dit.files import sha256, write_json
-    from iwin_dit.metrics.result import environment
 
-    metric = features.metric_name(result.n_fake)
-    reference = {"sha256": sha256(Path(args.reference))} if real is None else real.record()
-    content: dict[str, Any] = {
-        "metric": metric,
-        "value": result.value,
-        "value_before_clamping_to_0": result.raw,
-        "features": features.describe(),
-        "statistics": "torchmetrics FrechetInceptionDistance, float64, covariance over n - 1",
-        "reference": {"path": args.reference, "n": result.n_real, **reference},
-        "generated": {"path": str(args.model or args.images), "n": result.n_fake, **fake.record()},
-        "run": run,
-        "environment": environment(),
-    }
-    write_json(args.out, content)
-    sizes = content["reference"].get("image_size"), content["generated"]["image_size"]
-    if real is not None and sizes[0] != sizes[1]:
-        print(f"warning: the reference images are {sizes[0]}, the generated ones {sizes[1]} pixels", file=sys.stderr)
-    if result.n_fake <= features.num_features:
-        print(
-            f"warning: {result.n_fake} samples cannot span {features.num_features} features: the distance is biased "
-            f"upwards and compares only with others of {result.n_fake} samples",
-            file=sys.stderr,
+def common_sampling(args: argparse.Namespace) -> "Sampling":
+    """Settings of the samples; for a sweep those that all points have in common."""
+    from iwin_dit.evaluation.samples import Sampling
+
+    common = Sampling(labels=args.labels or "balanced", seed=args.seed or 0)
+    if args.command == "sweep":
+        return common
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "guidance", "guidance_channels")}
+    interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
+    return replace(common, **given, guidance_interval=interval, scheduler=args.scheduler)
+
+
+def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Measure a model or files: a JSON, and a line per metric."""
+    from iwin_dit.evaluation import report
+    from iwin_dit.evaluation.partial import Partial
+    from iwin_dit.evaluation.saving import KeptSamples, statistics_request
+    from iwin_dit.training.stop import StopRequest
+
+    # 1. Open everything, so that what is missing or broken is refused before the long work.
+    evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
+    images = opened(accelerator, lambda: open_images(args, accelerator))
+    request = statistics_request(evaluator, images)
+    partial = opened(accelerator, lambda: Partial(args.out.with_name(f"{args.out.name}.partial"), request))
+
+    # 2. Sample or read, each process its share; what was kept or measured before is not sampled again.
+    with StopRequest() as stop:
+        measurement = evaluator.measure(images, partial=partial, stopping=lambda: stop.requested)
+    if measurement is None:
+        raise SystemExit(stop.exit_code or 1)  # the same command goes on
+    if isinstance(images, KeptSamples):
+        images.finish(args.batch_size)
+
+    # 3. Report, from one process.
+    if accelerator.is_main_process:
+        report.write_report(measurement, args.out)
+        for warning in report.warnings(measurement):
+            print(f"warning: {warning}", file=sys.stderr)
+        for line in report.lines(measurement, images.name, args.out):
+            print(line)
+        partial.remove()
+
+
+def reference(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Make a reference file from an image source."""
+    from iwin_dit.evaluation.networks import open_networks
+    from iwin_dit.evaluation.reference import make_reference, open_reference_source
+
+    def prepare() -> tuple["ImageSource", dict[str, "FeatureNetwork"]]:
+        keys = ("split", "revision", "config", "streaming", "image_key", "label_key", "num_classes")
+        source = open_reference_source(args.source, **{key: getattr(args, key) for key in keys})
+        chosen = {"protocol": args.protocol, "inception_weights": args.inception_weights, "dinov2": args.dinov2}
+        return source, open_networks(args.metrics, **chosen, i3d=None, device=accelerator.device)
+
+    source, networks = opened(accelerator, prepare)
+    keys = ("resolution", "keep_images", "seed", "batch_size", "max_broken")
+    settings = {key: getattr(args, key) for key in keys}
+    provenance = make_reference(source, networks, args.out, **settings, device=accelerator.device)
+    if accelerator.is_main_process:
+        kept = (provenance["images"] or {"n": 0})["n"]
+        print(f"{args.out}: {provenance['n']} images of {args.source} at {args.resolution} pixels, {kept} kept in it")
+        for features, floor in provenance["floor"].items():
+            print(f"  {features}: {floor['n']} of them score {floor['value']:.5g} against the other {floor['against']}")
+
+
+def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Measure every combination of models and settings: a JSON each, a table and a plot."""
+    from iwin_dit.charts import require_matplotlib
+    from iwin_dit.evaluation.sweep import grid, measure_grid, write_sweep
+    from iwin_dit.training.stop import StopRequest
+
+    def prepare() -> "Evaluator":
+        require_matplotlib()
+        args.out.mkdir(parents=True, exist_ok=True)
+        return open_evaluator(args, accelerator)
+
+    evaluator = opened(accelerator, prepare)
+    varying = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler")
+    points = grid(args.model, common_sampling(args), {name: getattr(args, name) for name in varying})
+    with StopRequest() as stop:
+        results = measure_grid(
+            points,
+            lambda model: opened(accelerator, lambda: open_pipeline(model, args, accelerator)),
+            evaluator,
+            count(args),
+            args.out,
+            stopping=lambda: stop.requested,
         )
-    versus = Path(args.reference).name if real is None else f"{result.n_real} real"
-    print(f"{metric} ({result.n_fake} samples vs {versus}, {fake.name}): {result.value:.4g}   [{args.out}]")
+    if results is None:
+        raise SystemExit(stop.exit_code or 1)
+    if accelerator.is_main_process:
+        print(f"{write_sweep(results, args.out)}\n[{args.out}]")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the evaluation.
+    """Run a command.
 
     Args:
         argv: Arguments without the program's name; None means the process's own.
     """
     args = parse_arguments(argv)
-
-    import torch
-    from accelerate import Accelerator
-
-    from iwin_dit.metrics.frechet import FrechetDistance, load_statistics
-    from iwin_dit.metrics.inception import InceptionFeatures
-    from iwin_dit.training.runtime import use_all_cores
-
-    accelerator = Accelerator()
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-    torch.backends.cudnn.allow_tf32 = False  # TF32 makes the features of an image depend on its batch
-
-    # 1. Open everything, so that what is missing or broken is refused before the long work.
-    statistics = real = None
-    if args.reference.endswith(".npz"):
-        statistics = load_statistics(Path(args.reference), InceptionFeatures.num_features)
-    else:
-        real = reference_images(args.reference)
-    folder = None if args.images is None else generated_images(args)
-    with accelerator.main_process_first():
-        features = load_features(args)
-    fake = folder or sampled_images(args, accelerator.device, accelerator.mixed_precision)
-    # float64, which the statistics need, does not exist on MPS.
-    metric = FrechetDistance(features, "cpu" if accelerator.device.type == "mps" else accelerator.device)
-
-    # 2. Statistics of both sides, each process with its share of the images.
-    if statistics is not None:
-        metric.set_real_statistics(statistics)
-    if real is not None:
-        accumulate(metric, real, real=True, accelerator=accelerator, batch_size=args.batch_size)
-    start = time.perf_counter()
-    accumulate(metric, fake, real=False, accelerator=accelerator, batch_size=args.batch_size)
-    accelerator.wait_for_everyone()
-    seconds = time.perf_counter() - start
-
-    # 3. The distance, on every process since the statistics are summed over them; one reports.
-    result = metric.compute()
-    if accelerator.is_main_process:
-        run = {
-            "processes": accelerator.num_processes,
-            "device": str(accelerator.device),
-            "batch_size": args.batch_size,
-            "seconds_for_generated": round(seconds, 3),
-            "images_per_second": round(result.n_fake / seconds, 3),
-        }
-        report(args, result, features, fake, real, run)
+    accelerator = start()
+    {"evaluate": evaluate, "reference": reference, "sweep": sweep}[args.command](args, accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError, FileNotFoundError, FloatingPointError) as error:  # one line for a user's mistake
-        sys.exit(f"evaluate_fid.py: error: {error}")
+    except Exception as error:
+        from iwin_dit.evaluation.passes import EvaluationError
+
+        if not isinstance(error, ValueError | ImportError | OSError | FloatingPointError | EvaluationError):
+            raise
+        # All processes raise a user's mistake; one says it, in one line.
+        sys.exit(f"evaluate_fid.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

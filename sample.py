@@ -33,7 +33,7 @@ def parse_seeds(text: str) -> list[int]:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(prog="sample.py", description="Sample images: every pair of class and seed.")
-    parser.add_argument("--model", required=True, help="run folder, pipeline folder or Hub id")
+    parser.add_argument("--model", required=True, help="run folder, checkpoint folder, pipeline folder or Hub id")
     parser.add_argument(
         "--classes",
         nargs="+",

@@ -1,43 +1,50 @@
-"""evaluate_fid.py from its command line: what it refuses and writes, and that processes and batches don't matter."""
+"""evaluate_fid.py from its command line: what it refuses, prints and writes, and that processes don't matter."""
 
 import hashlib
-import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+import evaluate_fid
+from benchmarks.seeded_inception import write_seeded_weights
+from iwin_dit import IwinDiTPipeline
 from iwin_dit.data.digits import Digits
+from iwin_dit.evaluation import networks
+from iwin_dit.evaluation.evaluator import Measurement
+from iwin_dit.evaluation.report import lines, warnings
 from iwin_dit.metrics import inception
 from iwin_dit.metrics.digits import DigitsFeatures
+from tests.tools import tiny_model, tiny_vae
 
-SCRIPT = Path(__file__).parents[1] / "evaluate_fid.py"
-
-
-sys.path.insert(0, str(SCRIPT.parent))  # scripts are no package
-evaluate_fid = importlib.import_module("evaluate_fid")
+SCRIPT = Path(evaluate_fid.__file__)
+FEW = ("--reference", "real.npz", "--metrics", "frechet_digits")  # quicker than all digits
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder with a (random) digits classifier where the script looks for one."""
+    """A current folder with a (random) digits classifier where the script looks for one, and 80 digits in real.npz."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    DigitsFeatures().save(tmp_path / evaluate_fid.CLASSIFIER, {})
+    DigitsFeatures().save(tmp_path / networks.CLASSIFIER, {})
+    digits = Digits()
+    np.savez("real.npz", np.stack([digits[i].permute(1, 2, 0).numpy() for i in range(80)]))
     return tmp_path
 
 
 def write_digits(folder: Path, count: int, noise: float = 0.0) -> Path:
     """The first digits as PNG files, with noise of this many grey levels."""
     digits, generator = Digits(), torch.Generator().manual_seed(0)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(count):
         image = digits[i] + noise * torch.randn(3, 32, 32, generator=generator)
         pixels = image.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -47,151 +54,328 @@ def write_digits(folder: Path, count: int, noise: float = 0.0) -> Path:
 
 def write_pipeline(folder: Path) -> Path:
     """A tiny pipeline with random weights: ten classes, 32 x 32 images."""
-    torch.manual_seed(0)
-    transformer = IwinDiTTransformer2DModel(
-        sample_size=8, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=10
-    )
-    for parameter in transformer.parameters():  # the zeros of the initialisation would hide the class
-        torch.nn.init.normal_(parameter, std=0.2)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        layers_per_block=1,
-        mid_block_add_attention=False,
-    )
-    pipe = IwinDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler())
+    pipe = IwinDiTPipeline(tiny_model(sample_size=16, patch_size=2), tiny_vae(), FlowMatchEulerDiscreteScheduler())
     pipe.save_pretrained(folder)
     return folder
 
 
-def run(*arguments: str | Path) -> dict:
-    evaluate_fid.main([str(argument) for argument in arguments])
-    out = arguments[arguments.index("--out") + 1] if "--out" in arguments else "fid.json"
+def run(*arguments: str | Path, out: str = "fid.json") -> dict:
+    """Run the command; return the JSON that it wrote to `out`."""
+    words = [str(argument) for argument in arguments]
+    evaluate_fid.main(words if out == "fid.json" or words[0] in ("sweep", "reference") else [*words, "--out", out])
     return json.loads(Path(out).read_text())
+
+
+def launch(processes: int, *arguments: str, **settings) -> subprocess.Popen:
+    """Start the script on several CPU processes, as `accelerate launch` does."""
+    # --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several processes on CPUs without mpirun.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([*command, str(SCRIPT), *arguments], env=environment, text=True, **settings)
+
+
+# --- what it prints and writes
 
 
 def test_a_folder_against_the_digits(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clean, noisy = write_digits(workplace / "clean", 100), write_digits(workplace / "noisy", 100, noise=60)
     near = run("--images", clean, "--batch-size", "600")
-    far = run("--images", noisy, "--batch-size", "600", "--out", "noisy.json")
-    assert 0 < near["value"] < far["value"]
-    assert near["metric"] == "frechet_digits"
+    far = run("--images", noisy, "--batch-size", "600", out="noisy.json")
+    near_value, far_value = (result["metrics"]["frechet_digits"]["value"] for result in (near, far))
+    assert 0 < near_value < far_value
     assert near["reference"] == far["reference"]
     assert (near["reference"]["path"], near["reference"]["n"]) == ("digits", 1797)
     assert (near["generated"]["path"], near["generated"]["n"]) == (str(clean), 100)
     assert near["generated"]["sha256"] != far["generated"]["sha256"]
-    classifier = json.loads((workplace / evaluate_fid.CLASSIFIER / "classifier.json").read_text())
-    assert near["features"]["weights_sha256"] == classifier["weights_sha256"]
-    assert f"frechet_digits (100 samples vs 1797 real, {clean}): {near['value']:.4g}" in capsys.readouterr().out
+    classifier = json.loads((workplace / networks.CLASSIFIER / "classifier.json").read_text())
+    assert near["features"]["digits"]["weights_sha256"] == classifier["weights_sha256"]
+    floor = near["metrics"]["frechet_digits"]["floor"]
+    assert (floor["n"], floor["against"]) == (100, 1697)
+    assert (
+        f"frechet_digits (100 samples vs 1797 real, {clean}): {near_value:.5g}; 100 real digits against the other 1697 "
+        f"score {floor['value']:.2g}   [fid.json]"
+    ) in capsys.readouterr().out
+    assert set(near["environment"]) >= {"python", "packages", "commit"}
+    assert not Path("fid.json.partial").exists()
 
 
 def test_a_folder_against_itself(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_digits(workplace / "digits", 20)
-    result = run("--images", folder, "--reference", folder, "--features", "digits", "--num-samples", "20")
-    assert 0 <= result["value"] < 1e-3
-    assert "20 samples cannot span 64 features" in capsys.readouterr().err
+    result = run("--images", folder, "--reference", folder, "--metrics", "frechet_digits", "--num-samples", "20")
+    entry = result["metrics"]["frechet_digits"]
+    assert entry["value"] == max(entry["raw"], 0) < 1e-3
+    assert "frechet_digits: 20 samples cannot span 64 features" in capsys.readouterr().err
 
 
 def test_a_run_folder_is_sampled_image_by_image(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pipeline(workplace / "run" / "pipeline")
-    reference = str(write_digits(workplace / "digits", 30))
+    write_digits(workplace / "digits", 30)
     arguments = ("--model", "run", "--num-samples", "12", "--steps", "2", "--seed", "7")
-    arguments += ("--reference", reference, "--features", "digits")
+    arguments += ("--reference", "./digits", "--metrics", "frechet_digits")
     arguments += ("--guidance-interval", "0.1", "0.9", "--guidance-channels", "3")
-    result = run(*arguments, "--batch-size", "5", "--out", "run/fid.json")
+    result = run(*arguments, "--batch-size", "5", out="five.json")
     evaluate_fid.main([*arguments, "--batch-size", "12"])  # to run/fid.json by itself
     again = json.loads(Path("run/fid.json").read_text())
-    assert again["value"] == pytest.approx(result["value"], rel=1e-4)
+    value, value_again = (r["metrics"]["frechet_digits"]["value"] for r in (result, again))
+    assert value_again == pytest.approx(value, rel=1e-4)
     generated = result["generated"]
-    assert generated["n"] == 12
-    assert generated["image_size"] == [32, 32]
-    assert generated["seeds"] == [7, 18]
-    assert generated["labels"] == "i mod 10"
-    assert generated["weights"] == "ema"
+    assert (generated["n"], generated["image_size"], generated["seeds"]) == (12, [32, 32], [7, 18])
+    assert generated["labels"] == "balanced: i mod 10"
     assert generated["num_inference_steps"] == 2
+    assert generated["sigmas"] == [1.0, 0.5, 0.0]
     assert (generated["guidance_interval"], generated["guidance_channels"]) == ([0.1, 0.9], 3)
     weights = Path("run/pipeline/transformer/diffusion_pytorch_model.safetensors")
-    assert generated["weights_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert generated["vae"]["class"] == "AutoencoderKL"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert generated["weights_sha256"][f"transformer/{weights.name}"] == digest
     assert len(generated["vae"]["sha256"]) == 64
-    assert generated["guidance_scale"] == 3.0  # the pipeline's own, as a number
-    assert generated["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
-    assert "12 samples vs 30 real, guidance 3, 2 steps, FlowMatchEulerDiscrete" in capsys.readouterr().out
+    assert result["run"]["processes"] == 1
+    printed = capsys.readouterr().out
+    assert "12 samples vs 30 real, guidance 3 in [0.1, 0.9] on 3 channels, 2 steps, FlowMatchEulerDiscrete" in printed
 
 
-def test_image_i_depends_on_its_index_alone(workplace: Path) -> None:
+class MeanColours(torch.nn.Module):
+    """Takes what I3D takes; gives the mean of each channel and frame, and zeros up to 400 numbers."""
+
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return torch.nn.functional.pad(x.mean(dim=[3, 4]).flatten(1), [0, 400 - 6])
+
+
+def test_folders_of_clips(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.jit.save(torch.jit.script(MeanColours()), workplace / "i3d.pt")
+    for clip in range(6):
+        for side, grey in (("real", 40), ("fake", 90)):
+            folder = workplace / side / f"clip{clip}"
+            folder.mkdir(parents=True)
+            for frame in range(4):  # the second and fourth do not count
+                Image.new("L", (8, 6), grey + clip + 100 * (frame % 2)).save(folder / f"{frame}.png")
+    result = run("--videos", "fake", "--reference", "real", "--i3d", "i3d.pt", "--frames", "2", "--stride", "2")
+    # All six features of a clip are its grey: a shift of the mean by 50, and equal covariances.
+    assert result["metrics"]["fvd_6"]["value"] == pytest.approx(6 * 50**2, rel=1e-6)
+    assert (result["generated"]["frames"], result["generated"]["stride"]) == (2, 2)
+    assert result["statistics"]["covariance"] == {"fvd": "over n"}
+    assert "fvd_6 (6 samples vs 6 real, fake): 15000" in capsys.readouterr().out
+
+
+def measurement(n_fake: int, values: dict, **record) -> Measurement:
+    """A measurement in Inception features, against a file of statistics."""
+    features = {"inception": {"widths": {"pool": 2048, "spatial": 2023, "logits": 1008}}}
+    reference = {"path": "data/imagenet256.npz", "protocol": "adm", "image_size": [256, 256]}
+    defaults = {"protocol": "adm", "features": features, "reference": reference, "run": {}}
+    return Measurement(values, n_fake, None, 1.0, 1.0, {**defaults, "generated": {"image_size": [256, 256]}, **record})
+
+
+def test_a_line_per_value_and_none_without_its_settings() -> None:
+    values = {"fid_500": {"value": 12.34, "raw": 12.34}, "is_500": {"value": 215.84, "std": 3.21}}
+    fid, score = lines(measurement(500, values), "guidance 1.5, 250 steps, DDIM", Path("runs/x/fid.json"))
+    settings = "guidance 1.5, 250 steps, DDIM"
+    assert fid == f"fid_500 (500 samples vs imagenet256.npz, protocol adm, {settings}): 12.34   [runs/x/fid.json]"
+    assert score == (
+        f"is_500 (500 samples, protocol adm, {settings}): 215.84 (standard deviation 3.2)   [runs/x/fid.json]"
+    )
+
+
+def test_warnings() -> None:
+    fid = {"value": 2.0, "raw": 2.0}
+    assert warnings(measurement(50_000, {"fid": fid})) == []
+    [few] = warnings(measurement(10_000, {"fid_10000": fid}))
+    assert few == "papers report 50000 samples: fid_10000 compare only with values of 10000 samples"
+    assert "fid_2000: 2000 samples cannot span 2048 features" in warnings(measurement(2000, {"fid_2000": fid}))[0]
+    other = {"path": "r.npz", "protocol": "not stated", "image_size": [128, 128]}
+    sizes, protocol = warnings(measurement(50_000, {"fid": fid}, reference=other))
+    assert sizes == "the reference images are [128, 128], the generated ones [256, 256] pixels (height, width)"
+    assert protocol == "r.npz does not say by which protocol it was made; it is taken for 'adm'"
+    [same] = warnings(measurement(50_000, {"fid": {"value": 0.0, "raw": -4.7e-5}}))
+    assert same.startswith(
+        "fid is 0 after clamping, -4.7e-05 before, which is rounding: both sides are the same images"
+    )
+
+
+# --- what it keeps
+
+
+@pytest.mark.parametrize(("flag", "place"), [("--save-images", "png"), ("--save-npz", "samples.npz")])
+def test_samples_that_are_kept_score_the_same(workplace: Path, flag: str, place: str) -> None:
     write_pipeline(workplace / "pipeline")
-    args = evaluate_fid.parse_arguments(["--model", "pipeline", "--num-samples", "12", "--steps", "2"])
-    images = evaluate_fid.sampled_images(args, torch.device("cpu"), "no")
-    together = images.read(range(12))
-    assert together.shape == (12, 3, 32, 32)
-    alone = torch.cat([images.read([i]) for i in (11, 3)])
-    # 1e-4 of a float image can cross the border between two levels of grey
-    assert (alone.int() - together[[11, 3]].int()).abs().max() <= 1
-    assert len({image.numpy().tobytes() for image in together}) == 12
+    model = ("--model", "pipeline", "--num-samples", "20", "--steps", "1", "--batch-size", "8", *FEW)
+    sampled = run(*model, flag, place)["metrics"]
+    result = run("--images", place, "--batch-size", "8", *FEW, out="kept.json")
+    assert result["generated"]["n"] == 20
+    value = result["metrics"]["frechet_digits"]["value"]
+    assert value == pytest.approx(sampled["frechet_digits"]["value"], rel=1e-9)
+    written = {path: path.stat().st_mtime_ns for path in Path("png").glob("*")}
+    assert run(*model, flag, place, out="again.json")["metrics"] == sampled
+    assert written == {path: path.stat().st_mtime_ns for path in Path("png").glob("*")}  # nothing was sampled again
 
 
-def test_rounding_is_that_of_a_png() -> None:
-    images = torch.tensor([0.0, 0.5, 1.0, 100.49 / 255, 100.51 / 255])
-    assert evaluate_fid.to_uint8(images).tolist() == [0, 128, 255, 100, 101]
-    with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        evaluate_fid.to_uint8(torch.tensor([0.5, torch.nan]))
+def test_an_evaluation_that_failed_is_gone_on_with(workplace: Path) -> None:
+    write_pipeline(workplace / "pipeline")
+    model = ("--model", "pipeline", "--num-samples", "40", "--steps", "1", "--batch-size", "8", *FEW)
+    whole = run(*model, "--save-images", "png")
+    Path("png/000025.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"000025\.png is broken"):
+        run(*model, "--save-images", "png", out="parts.json")
+    assert list(Path("parts.json.partial").glob("attempt-*"))
+    with pytest.raises(ValueError, match=r"part of another evaluation .*seed"):
+        run(*model, "--seed", "1", out="parts.json")
+    Path("png/000003.png").unlink()  # measured already, and yet to be kept
+    Path("png/000025.png").unlink()
+    parts = run(*model, "--save-images", "png", out="parts.json")
+    assert parts["run"]["images_of_earlier_attempts"] == 24
+    value = whole["metrics"]["frechet_digits"]["value"]
+    assert parts["metrics"]["frechet_digits"]["value"] == pytest.approx(value, rel=1e-4)
+    assert len(list(Path("png").glob("*.png"))) == 40
+    assert not Path("parts.json.partial").exists()
+
+
+# --- what it refuses
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --model --images is required"),
-        (["--model", "a", "--images", "b"], "not allowed with"),
-        (["--images", "b", "--steps", "5"], "--steps has no meaning with --images"),
-        (["--images", "b", "--guidance-channels", "3"], "--guidance-channels has no meaning with --images"),
-        (["--images", "b", "--seed", "0"], "--seed has no meaning with --images"),
-        (["--model", "a", "--num-samples", "1"], "--num-samples of at least 2"),
-        (["--model", "a", "--inception-weights", "w"], "no meaning with digits features"),
-        (["--model", "a", "--reference", "r.npz", "--features", "digits"], "holds Inception statistics"),
-        (["--model", "a", "--out", "nowhere/fid.json"], "does not exist"),
+        ("", "one of the arguments --model --images --videos is required"),
+        ("--model a --images b", "not allowed with"),
+        ("--images b --steps 5", "--steps has no meaning with --images"),
+        ("--images b --guidance-channels 3", "--guidance-channels has no meaning with --images"),
+        ("--images b --seed 0", "--seed has no meaning with --images"),
+        ("--images b --labels random", "--labels has no meaning with --images"),
+        ("--images b --weights raw", "--weights has no meaning with --images"),
+        ("--images b --save-npz c.npz", "--save-npz has no meaning with --images"),
+        ("--model a --save-npz c.npz --save-images d", "not allowed with"),
+        ("--model a --save-npz c", "--save-npz to be named .npz"),
+        ("--model a --frames 16", "--frames has no meaning with --model: they are for --videos"),
+        ("--model a --num-samples 1", "--num-samples of at least 2"),
+        ("--model a --batch-size 0", "--batch-size of at least 1"),
+        ("--model a --metrics fid", "--metrics fid needs a --reference"),
+        ("--model a --metrics fid,ssim --reference r", "expected metrics of fid, sfid, is, kid, pr, fd_dinov2"),
+        ("--model a --metrics is --reference r", "--reference has no meaning with --metrics is"),
+        ("--model a --metrics sfid --reference r --protocol clean", "sfid is defined under protocol adm, got 'clean'"),
+        ("--model a --inception-weights w", "--inception-weights has no meaning with --metrics frechet_digits"),
+        ("--model a --protocol adm", "--protocol has no meaning with --metrics frechet_digits"),
+        ("--model a --reference r --dinov2 d", "--dinov2 has no meaning with --metrics fid"),
+        ("--model a --metrics fvd --reference r", "fvd and no other metric compares --videos"),
+        ("--videos a --metrics fid --reference r", "fvd and no other metric compares --videos"),
+        ("--videos a", "--metrics fvd needs a --reference"),
+        ("--model a --out nowhere/fid.json", "does not exist"),
+        ("--model a --save-npz nowhere/a.npz", "--save-npz nowhere/a.npz: its folder does not exist"),
+        ("--videos a --reference b --stride 0", "--frames and --stride of at least 1, got 16 and 0"),
+        ("sweep --model a --metrics fvd --reference b --out c", "fvd compares videos"),
+        ("reference --source a --out r.npz", "--resolution"),
+        ("reference --source a --resolution 32 --out r", "--out to be named .npz"),
+        ("reference --source a --resolution 32 --out r.npz --metrics is", "no reference file is made for is"),
+        ("sweep --model a --guidance 1 2", "--out"),
+        ("sweep --model a --guidance-interval 0-1 --out b", "invalid _interval value"),
+        ("sweep --model a --images b --out c", "unrecognized arguments"),
     ],
 )
 def test_commands_without_meaning_are_refused(
-    workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    workplace: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     with pytest.raises(SystemExit):
-        evaluate_fid.main(arguments)
+        evaluate_fid.main(arguments.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settled"),
+    [
+        ("--model a", {"metrics": ("frechet_digits",), "reference": "digits", "out": Path("fid.json")}),
+        ("evaluate --model a --reference r.npz", {"metrics": ("fid",), "protocol": "adm"}),
+        ("--model a --metrics is", {"reference": None}),
+        ("--videos a --reference b", {"metrics": ("fvd",), "frames": 16, "stride": 1}),
+        ("reference --source digits --resolution 32 --out r.npz", {"metrics": ("frechet_digits",)}),
+        ("reference --source hf:x --resolution 64 --out r.npz", {"metrics": ("fid", "sfid"), "keep_images": 10_000}),
+        ("sweep --model a b --guidance-interval 0,1 0.1,0.9 --out c", {"guidance_interval": [(0, 1), (0.1, 0.9)]}),
+    ],
+)
+def test_what_is_not_said_is_settled(workplace: Path, arguments: str, settled: dict) -> None:
+    args = vars(evaluate_fid.parse_arguments(arguments.split()))
+    assert {key: args[key] for key in settled} == settled
 
 
 def test_missing_things_are_refused_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_digits(workplace / "digits", 3)
-    with pytest.raises(FileNotFoundError, match="missing, which is none"):
+    digits = ("--metrics", "frechet_digits")
+    with pytest.raises(ValueError, match="missing, which does not exist"):
         run("--images", "missing")
-    with pytest.raises(FileNotFoundError, match="missing, which is none"):
-        run("--images", folder, "--reference", "missing")
-    with pytest.raises(ValueError, match=r"expected 5 images in .*, as --num-samples says, got 3"):
+    with pytest.raises(ValueError, match="as reference, got missing: no such file"):
+        run("--images", folder, "--reference", "missing", *digits)
+    with pytest.raises(ValueError, match=r"expected 5 in .*, as --num-samples says, got 3"):
         run("--images", folder, "--num-samples", "5")
     with pytest.raises(ValueError, match="expected a run folder"):
         run("--model", folder)
     (workplace / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match=r"text\.npz is not a usable reference"):
-        run("--images", folder, "--reference", "text.npz")
+    with pytest.raises(ValueError, match=r"text\.npz"):
+        run("--images", folder, "--reference", "text.npz", *digits)
     monkeypatch.setenv("TORCH_HOME", str(workplace / "home"))
     monkeypatch.setattr(inception, "WEIGHTS_URL", (workplace / "nowhere").as_uri())
-    with pytest.raises(FileNotFoundError, match="no Inception weights"):
+    with pytest.raises(ValueError, match="no Inception weights"):
         run("--images", folder, "--reference", folder)
     assert not Path("fid.json").exists()
 
 
 @pytest.mark.slow
+def test_a_mistake_is_one_line(workplace: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--images", "missing"], capture_output=True, text=True, env={**os.environ, "RANK": "0"}
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("evaluate_fid.py: error: expected a folder of images")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code = f"import sys, runpy; sys.argv = ['x', *sys.argv[1:], '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, "
+    code += "run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    for command in ([], ["reference"], ["sweep"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+        assert all(name in done.stdout for name in evaluate_fid.COMMANDS)
+
+
+# --- the whole way
+
+
+@pytest.mark.slow
 def test_the_classifier_is_trained_once_and_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = run("--images", write_digits(tmp_path / "digits", 300))
-    record = json.loads((tmp_path / evaluate_fid.CLASSIFIER / "classifier.json").read_text())
+    first = run("--images", write_digits(tmp_path / "digits", 300))["metrics"]["frechet_digits"]["value"]
+    record = json.loads((tmp_path / networks.CLASSIFIER / "classifier.json").read_text())
     assert record["held_out_accuracy"] >= 0.98
-    monkeypatch.setattr(evaluate_fid, "train_classifier", None)  # a second training would fail
-    assert run("--images", tmp_path / "digits")["value"] == first["value"]
-    noisy = run("--images", write_digits(tmp_path / "noisy", 300, noise=80), "--out", "noisy.json")
-    assert noisy["value"] > 2 * first["value"]
+    monkeypatch.setattr(networks, "train_classifier", None)  # a second training would fail
+    assert run("--images", tmp_path / "digits")["metrics"]["frechet_digits"]["value"] == first
+    noisy = run("--images", write_digits(tmp_path / "noisy", 300, noise=80), out="noisy.json")
+    assert noisy["metrics"]["frechet_digits"]["value"] > 2 * first
+
+
+@pytest.mark.slow
+def test_every_inception_metric_against_a_reference_of_ours(
+    workplace: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_seeded_weights(tmp_path_factory.getbasetemp() / "inception" / "seeded.pth")
+    seeded = inception.sha256(weights)[:8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception.InceptionFeatures.__init__, "__defaults__", ("adm", ("pool",), seeded))
+        real, fake = write_digits(workplace / "real", 20), write_digits(workplace / "fake", 20, noise=40)
+        network = ("--inception-weights", str(weights), "--batch-size", "10")
+        source = ["reference", "--source", str(real), "--resolution", "32", "--out", "ref.npz"]
+        evaluate_fid.main([*source, "--metrics", "fid,sfid,kid", *network])
+        assert "ref.npz: 20 images of" in capsys.readouterr().out
+        with np.load("ref.npz", allow_pickle=False) as archive:
+            assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(archive.files)
+        every = ("--images", fake, "--metrics", "fid,sfid,is,kid,pr", *network)
+        result = run(*every, "--reference", "ref.npz")
+        from_images = run(*every, "--reference", real, out="images.json")
+    names = [f"{name}_20" for name in ("fid", "sfid", "is", "kid", "precision", "recall")]
+    assert list(result["metrics"]) == names
+    for name in names:
+        value, other = (r["metrics"][name]["value"] for r in (result, from_images))
+        assert value == pytest.approx(other, rel=1e-5, abs=1e-9), name  # the file has the images in another order
+    assert result["protocol"] == "adm"
+    printed = capsys.readouterr()
+    assert "fid_20 (20 samples vs ref.npz, protocol adm, " in printed.out
+    assert "is_20 (20 samples, protocol adm, " in printed.out
+    assert "fid_20: 20 samples cannot span 2048 features" in printed.err
 
 
 @pytest.mark.slow
@@ -199,20 +383,44 @@ def test_two_processes_give_the_value_of_one(workplace: Path) -> None:
     write_pipeline(workplace / "pipeline")
     reference = str(write_digits(workplace / "digits", 31))
     arguments = ("--model", "pipeline", "--num-samples", "13", "--steps", "2", "--batch-size", "4")
-    arguments += ("--reference", reference, "--features", "digits")
+    arguments += ("--reference", reference, "--metrics", "frechet_digits")
     one = run(*arguments)
-    # --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several processes on CPUs without mpirun.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, str(SCRIPT), *arguments, "--out", "two.json"], check=True, env=environment, timeout=300)
+    with launch(2, *arguments, "--out", "two.json", "--save-npz", "two.npz") as process:
+        assert process.wait(timeout=300) == 0
     two = json.loads(Path("two.json").read_text())
     assert two["run"]["processes"] == 2
     assert (two["generated"]["n"], two["reference"]["n"]) == (13, 31)
-    assert two["value"] == pytest.approx(one["value"], rel=1e-4)
+    assert two["metrics"]["frechet_digits"]["value"] == pytest.approx(
+        one["metrics"]["frechet_digits"]["value"], rel=1e-4
+    )
+    with np.load("two.npz") as archive:
+        assert archive["arr_1"].tolist() == [i % 10 for i in range(13)]
 
 
-def test_help_needs_no_torch() -> None:
-    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-    code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_with_one_line(workplace: Path) -> None:
+    folder = str(write_digits(workplace / "digits", 3))
+    arguments = ("--images", folder, "--reference", "missing", "--metrics", "frechet_digits")
+    with launch(2, *arguments, stderr=subprocess.PIPE) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert error.count("evaluate_fid.py: error: expected 'digits', a folder") == 1
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_goes_on(workplace: Path) -> None:
+    write_pipeline(workplace / "pipeline")
+    arguments = ["--model", "pipeline", "--num-samples", "100", "--steps", "10", "--batch-size", "2", *FEW]
+    arguments += ["--save-images", "png"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *arguments])
+    while len(list(Path().glob("png/*.png"))) < 10:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    kept = {path: path.stat().st_mtime_ns for path in Path("png").glob("*.png")}
+    assert 10 <= len(kept) < 100
+    result = run(*arguments)
+    assert result["run"]["images_of_earlier_attempts"] == len(kept)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert len(list(Path("png").glob("*.png"))) == 100

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -23,7 +24,11 @@ from diffusers import (
 
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.diffusion import DDPM
-from iwin_dit.pipelines import load_pipeline
+from iwin_dit.files import sha256
+from iwin_dit.pipelines import identify, load_pipeline
+from iwin_dit.training.checkpoint import CheckpointWriter
+from iwin_dit.training.pictures import export
+from iwin_dit.training.state import Snapshot
 from tests.tools import relative_error, tiny_model, tiny_vae
 
 NAMES = {0: "zero, nought", 1: "crane", 2: "crane", **{i: f"name {i}" for i in range(3, 10)}}
@@ -105,6 +110,96 @@ def test_a_hub_id(pipe, folder, tmp_path, cls):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is IwinDiTPipeline
     assert torch.equal(draw(loaded), draw(pipe))
+
+
+@pytest.fixture
+def checkpoint(folder, tmp_path) -> Path:
+    """Of step 5 of a run, which exported its pipeline at step 3."""
+    model = tiny_model()
+    averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name: tensor * 1.1 for name, tensor in averaged.items()}
+    root = tmp_path / "run" / "checkpoints"
+    CheckpointWriter(root, keep_last=1, asynchronous=False).save(Snapshot(trained, averaged, {}, {"step": 5}))
+    other = tiny_pipeline()
+    torch.nn.init.constant_(other.transformer.final_layer.linear.bias, 1.0)
+    export(other, tmp_path / "run" / "pipeline", 3)
+    return root / "step-00000005"
+
+
+def test_a_checkpoint_gives_its_weights_to_the_pipeline_of_its_run(pipe, checkpoint, monkeypatch):
+    loaded, raw, exported = (
+        load_pipeline(checkpoint),
+        load_pipeline(str(checkpoint), dtype=torch.bfloat16, weights="raw"),
+        load_pipeline(checkpoint.parents[1]),
+    )
+    for ours in (loaded, raw, exported):
+        ours.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+    assert raw.transformer.dtype == torch.bfloat16
+    weight = pipe.transformer.final_layer.linear.weight
+    assert torch.equal(raw.transformer.final_layer.linear.weight, (weight * 1.1).bfloat16())
+    assert not torch.equal(draw(exported), draw(pipe))
+    monkeypatch.chdir(checkpoint)
+    assert torch.equal(load_pipeline(".").transformer.final_layer.linear.weight, weight)
+
+
+def test_what_identifies_a_pipeline(folder, checkpoint):
+    run, vae = checkpoint.parents[1], "vae/diffusion_pytorch_model.safetensors"
+    transformer = "transformer/diffusion_pytorch_model.safetensors"
+    ema, raw, exported, stored = (
+        identify(checkpoint),
+        identify(checkpoint, "raw"),
+        identify(run),
+        identify(str(folder)),
+    )
+    assert (ema["path"], ema["weights"], ema["step"], ema["revision"]) == (str(checkpoint), "ema", 5, None)
+    assert ema["weights_sha256"] == {
+        vae: sha256(run / "pipeline" / vae),
+        "ema.safetensors": sha256(checkpoint / "ema.safetensors"),
+    }
+    assert (raw["weights"], list(raw["weights_sha256"])) == ("raw", [vae, "model.safetensors"])
+    assert (exported["weights"], exported["step"]) == ("ema", 3)
+    assert (stored["weights"], stored["step"]) == ("as stored", None)
+    assert stored["weights_sha256"] == {name: sha256(folder / name) for name in (transformer, vae)}
+    json.dumps(ema)
+
+
+def test_a_hub_id_is_identified_by_its_snapshot(folder, tmp_path, monkeypatch):
+    commit = "b" * 40
+    shutil.copytree(folder, tmp_path / "models--user--repo" / "snapshots" / commit)
+    (tmp_path / "models--user--repo" / "refs").mkdir()
+    (tmp_path / "models--user--repo" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert identify("user/repo") == identify(folder) | {"path": "user/repo", "revision": commit}
+    assert type(load_pipeline("user/repo")) is IwinDiTPipeline
+
+
+def test_a_checkpoint_that_cannot_be_loaded(folder, checkpoint):
+    run, manifest = checkpoint.parents[1], checkpoint / "checkpoint.json"
+    for path in (run, folder, "user/repo"):
+        with pytest.raises(ValueError, match="weights 'raw' are those of a checkpoint such as runs/"):
+            load_pipeline(path, weights="raw")
+    with pytest.raises(ValueError, match="weights must be one of ema, raw, got 'mean'"):
+        identify(checkpoint, "mean")
+    (run / "pipeline").rename(run / "elsewhere")
+    with pytest.raises(ValueError, match=r"has weights alone: expected the rest .* Training writes it with each"):
+        load_pipeline(checkpoint)
+    tiny_pipeline(num_layers=1).save_pretrained(run / "pipeline")
+    with pytest.raises(ValueError, match=r"ema\.safetensors does not fit the model:\n  unexpected: blocks\.1"):
+        load_pipeline(checkpoint)
+    content = bytearray((checkpoint / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "ema.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged: ema\.safetensors: expected sha256 \w+, got sha256 "):
+        load_pipeline(checkpoint)
+    (checkpoint / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"ema\.safetensors: expected sha256 \w+, got no file"):
+        identify(checkpoint)
+    for text in ("{torn", "[]", "{}"):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=r"checkpoint\.json is damaged"):
+            load_pipeline(checkpoint)
 
 
 def test_loading_in_bfloat16(pipe, folder):

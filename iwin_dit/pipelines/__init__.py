@@ -1,6 +1,6 @@
 """diffusers pipelines."""
 
 from .image import IwinDiTPipeline
-from .loading import load_pipeline
+from .loading import identify, load_pipeline
 
-__all__ = ["IwinDiTPipeline", "load_pipeline"]
+__all__ = ["IwinDiTPipeline", "identify", "load_pipeline"]

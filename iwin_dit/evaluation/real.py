@@ -1,0 +1,271 @@
+"""The real side of a comparison: a reference opened early, and measured once where it comes as images.
+
+Owns what a reference can be, and the floor: what real images score against real images. Must not know the generated
+images but for their number.
+
+Letters: D features.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.digits import Digits
+from ..data.sources import keyed_permutation
+from ..files import sha256
+from ..metrics.frechet import frechet_distance
+from ..metrics.images import ImageSet, ImageTensor, open_images
+from ..metrics.network import FeatureNetwork
+from ..metrics.npz import array_names, open_archive
+from ..metrics.processes import rank
+from ..metrics.reference import REFERENCE_KEYS, Reference, load_reference
+from .passes import run_pass, settle
+from .suite import METRICS, Real, Side, extract, needs_reference
+from .videos import VideoFiles
+
+logger = logging.getLogger(__name__)
+
+
+class RealSide:
+    """The reference of an evaluation.
+
+    Args:
+        name: "digits"; a folder, a .zip or an .npz of images; an .npz of statistics; for fvd a folder of clips. None
+            where no metric needs one.
+        metrics: Keys of `METRICS`.
+        networks: The networks of the metrics, by name.
+        device: Where the networks are.
+        batch_size: Images per process at a time.
+        seed: Of the split by which the floor is measured.
+        frames: Of clips.
+        stride: Of clips.
+
+    Attributes:
+        images: Those to be measured; None where the statistics are all there is to it.
+        statistics: The file of statistics, or None.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A metric needs a reference and there is none, or it is not what the metrics need.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        metrics: Sequence[str],
+        networks: Mapping[str, FeatureNetwork],
+        device: torch.device | str,
+        *,
+        batch_size: int,
+        seed: int,
+        frames: int,
+        stride: int,
+    ) -> None:
+        self.name, self._device, self._batch_size, self._seed = name, device, batch_size, seed
+        self._networks = {METRICS[metric].network: networks[METRICS[metric].network] for metric in metrics}
+        needing = [metric for metric in metrics if needs_reference(metric)]
+        self._frechet = [metric for metric in needing if METRICS[metric].kind == "frechet"]
+        self._paired = [metric for metric in needing if METRICS[metric].kind != "frechet"]
+        self.images: ImageSet | None = None
+        self.statistics: Reference | None = None
+        self._prepared: tuple[int, Real] | None = None
+        self._record: dict[str, Any] | None = None
+        if not needing:
+            return
+        if name is None:
+            raise ValueError(f"{', '.join(needing)} compare with real images: expected a reference, got none")
+        if name != "digits" and not Path(name).exists():
+            raise FileNotFoundError(
+                f"expected 'digits', a folder, a .zip or an .npz as reference, got {name}: no such file"
+            )
+        if "fvd" in needing:
+            if not Path(name).is_dir():
+                raise ValueError(f"fvd compares clips: expected a folder of clips as reference, got {name}")
+            self.images = VideoFiles(Path(name), frames, stride)
+        elif _has_statistics(name):
+            self.statistics, self.images = self._open_statistics(Path(name))
+        else:
+            self.images = digits() if name == "digits" else open_images(Path(name), allow_jpeg=True)
+
+    @property
+    def count(self) -> int | None:
+        """Number of real images; None where a file of statistics does not say."""
+        if self.statistics is not None:
+            return (self.statistics.provenance or {}).get("n")
+        return None if self.images is None else len(self.images)
+
+    def prepare(self, n_fake: int, *, stopping: Callable[[], bool], progress: bool) -> bool:
+        """Measure the reference where it came as images, unless that is done; a collective.
+
+        A seeded choice of `n_fake` of the images, at most half of them, is measured apart from the others: their
+        distance is the floor of a comparison of this size, and both parts together are the reference.
+
+        Args:
+            n_fake: Number of generated images.
+            stopping: Whether to stop; asked between batches.
+            progress: Whether to show a bar.
+
+        Returns:
+            Whether it was not stopped.
+
+        Raises:
+            EvaluationError: A process failed; a single process raises its error as it is.
+        """
+        if self._prepared is not None and self._prepared[0] == n_fake:
+            return True
+        if self.images is None:
+            self._prepared = (n_fake, self._from_statistics())
+            return True
+        total = len(self.images)
+        frechet = [] if self.statistics is not None else self._frechet  # those that the images are measured for
+        n = min(n_fake, total // 2)
+        if n < 2 or not frechet:
+            n = 0  # too few for a covariance, and so for a floor
+        sides = [Side(frechet, self._networks, k, self._device, real=True) for k in (total - n, n)]
+        tables = Side(self._paired, self._networks, total, self._device, real=True)
+        if not self._see(self.images, sides, tables, stopping=stopping, progress=progress):
+            return False
+        for part in (*sides, tables):
+            part.reduce()
+        real, error = Real({}, {}, {}), None
+        if rank() == 0:  # alone, since only it computes; and the others need not keep the tables
+            try:
+                real = self._finish(sides, tables)
+            except Exception as raised:
+                error = raised
+        settle(error)
+        self._prepared = (n_fake, real)
+        return True
+
+    @property
+    def real(self) -> Real:
+        """The statistics, once prepared; empty but for the main process."""
+        assert self._prepared is not None
+        return self._prepared[1]
+
+    def identify(self) -> dict[str, Any] | None:
+        """What the reference is, ready for JSON; None where there is none. It is hashed at the first call."""
+        if self._record is None and (self.statistics is not None or self.images is not None):
+            self._record = {"path": self.name, "n": self.count, **self._identify()}
+        return self._record
+
+    def record(self) -> dict[str, Any] | None:
+        """What the JSON of a result says of the reference, on the main process and after it was prepared."""
+        identity = self.identify()
+        if identity is None:
+            return None
+        floors = [dict(floor) for floor in self.real.floors.values()]
+        floor = {key: floors[0][key] for key in ("n", "against") if key in floors[0]} if floors else None
+        return {**identity, "floor": floor}
+
+    def _open_statistics(self, path: Path) -> tuple[Reference, ImageSet | None]:
+        """Read what the metrics need from a file of statistics: Gaussians, and images where one needs them."""
+        frechet = [METRICS[metric] for metric in self._frechet]
+        widths = {m.features: self._networks[m.network].widths[m.features] for m in frechet}
+        reference = load_reference(path, widths)
+        for network in dict.fromkeys(m.network for m in frechet):
+            reference.check(network, self._networks[network].describe())
+        if self._paired and reference.images is None:
+            raise ValueError(
+                f"{' and '.join(self._paired)} compare with real images, and {path} has statistics alone: give a file "
+                "that has images too, such as ADM's or one of `evaluate_fid.py reference`, or a folder"
+            )
+        return reference, reference.images if self._paired else None
+
+    def _from_statistics(self) -> Real:
+        if self.statistics is None:
+            return Real({}, {}, {})
+        gaussians = {metric: self.statistics.gaussians[METRICS[metric].features] for metric in self._frechet}
+        floors = (self.statistics.provenance or {}).get("floor") or {}
+        known = {
+            metric: floors[METRICS[metric].features] for metric in self._frechet if METRICS[metric].features in floors
+        }
+        return Real(gaussians, {}, known)
+
+    def _see(
+        self,
+        images: ImageSet,
+        sides: Sequence[Side],
+        tables: Side,
+        *,
+        stopping: Callable[[], bool],
+        progress: bool,
+    ) -> bool:
+        """Add this process's share of the images to the tables, and each to one of the sides: a seeded choice."""
+        total, n = len(images), sides[1].count
+        apart = np.zeros(total, dtype=bool)
+        apart[keyed_permutation(total, self._seed)[:n]] = True
+
+        def work(batch: Tensor, indices: list[int]) -> None:
+            features = extract(self._networks, batch)
+            tables.add(features, indices)
+            for side, chosen in zip(sides, (~apart[indices], apart[indices]), strict=True):
+                rows = torch.from_numpy(np.flatnonzero(chosen))
+                side.add({name: part[rows] for name, part in features.items()}, [indices[row] for row in rows.tolist()])
+
+        return run_pass(
+            images,
+            range(total),
+            self._batch_size,
+            self._device,
+            work,
+            stopping=stopping,
+            label="real",
+            progress=progress,
+        )
+
+    def _finish(self, sides: Sequence[Side], tables: Side) -> Real:
+        """Check that all images came, measure the floor, and merge both parts."""
+        found = self._from_statistics()
+        paired = {metric: tables.table(metric) for metric in self._paired}
+        if self.statistics is not None:
+            return Real(found.gaussians, paired, found.floors)
+        for side in sides:
+            side.check_complete()
+        rest, apart = sides
+        floors = {
+            metric: {
+                "value": max(frechet_distance(rest.gaussian(metric), apart.gaussian(metric)), 0.0),
+                "n": apart.count,
+                "against": rest.count,
+            }
+            for metric in (self._frechet if apart.count else ())
+        }
+        rest.add_state(apart.state())
+        return Real({metric: rest.gaussian(metric) for metric in self._frechet}, paired, floors)
+
+    def _identify(self) -> dict[str, Any]:
+        if self.statistics is None:
+            assert self.images is not None
+            return {"kind": "images", **self.images.record()}
+        path, provenance = self.statistics.path, self.statistics.provenance
+        made_with = (provenance or {"features": {}})["features"].get("inception", {})
+        images = None if self.images is None else self.images.record()
+        return {
+            "kind": "statistics",
+            "sha256": sha256(path),
+            "protocol": made_with.get("protocol", "not stated") if "inception" in self._networks else None,
+            "image_size": (provenance or images or {}).get("image_size"),
+            "images": images and {"n": len(self.images or ()), "image_size": images.get("image_size")},
+            "provenance": provenance,
+        }
+
+
+def digits() -> ImageTensor:
+    """The built-in digits, all of them."""
+    source = Digits()
+    return ImageTensor(torch.stack([source[i] for i in range(len(source))]), "digits")
+
+
+def _has_statistics(name: str) -> bool:
+    """Whether a reference is an .npz with mean or covariance of some features, and not one of images alone."""
+    if name == "digits" or Path(name).suffix.lower() != ".npz":
+        return False
+    known = {key for pair in REFERENCE_KEYS.values() for key in pair}
+    with open_archive(Path(name)) as archive:
+        return not known.isdisjoint(array_names(archive))

@@ -1,0 +1,268 @@
+"""A pipeline as a set of images that are sampled when they are read: image i depends on its index and the seed alone.
+
+Owns labels, noise, sampler settings and rounding of the samples that are scored, and the record of them. Must not know
+metrics, or where images and results are kept.
+
+Letters: B batch, H W image axes.
+"""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ..pipelines import IwinDiTPipeline
+
+Labels = Literal["balanced", "random"]
+
+# Names for --scheduler, which are diffusers' without "Scheduler", by what the model was trained to predict. DEIS is
+# not among them: with the flow sigmas of diffusers its last step changes nothing, and noise of 1 / steps remains.
+SCHEDULERS: Mapping[str, tuple[str, ...]] = {
+    "flow_prediction": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"),
+    "epsilon": ("DDPM", "DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; None takes the pipeline's own value.
+
+    Attributes:
+        steps: Scheduler steps.
+        guidance: Scale of classifier-free guidance, at least 1, which turns it off.
+        guidance_interval: Noise levels (low, high) between which to guide.
+        guidance_channels: Guide only the first so many latent channels.
+        scheduler: A name of `SCHEDULERS`.
+        labels: "balanced": image i has class i mod the number of classes; "random": a class drawn by (seed, i), as
+            DiT's published samples had.
+        seed: At least 0; the noise of image i is drawn with seed + i.
+
+    Raises:
+        ValueError: If `labels` is another word, or the seed is negative.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_channels: int | None = None
+    scheduler: str | None = None
+    labels: Labels = "balanced"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, got {self.labels!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed must be at least 0 and less than 2**63, got {self.seed}")
+
+
+class SampledImages:
+    """Images of a pipeline, an `ImageSet`; the pipeline keeps its own scheduler, its progress bar is switched off.
+
+    Args:
+        pipe: Samples the images, on the device and in the precision that it has; settings stay as they are now.
+        count: Number of images.
+        sampling: How.
+        about: JSON that identifies the pipeline's weights, as `pipelines.loading.identify` gives it.
+
+    Attributes:
+        name: The settings that a number must not be without.
+        prefetch: False: sampling is the work of the device that also measures the images.
+        settings: Arguments of the pipeline's call, its own defaults as values.
+        image_size: Height and width in pixels.
+
+    Raises:
+        ValueError: If the pipeline makes no images, the scheduler does not fit the model, or a setting is out of range.
+    """
+
+    prefetch = False
+
+    def __init__(self, pipe: IwinDiTPipeline, count: int, sampling: Sampling, about: Mapping[str, Any]) -> None:
+        if pipe.codec is None:
+            raise ValueError("the pipeline has no VAE, so there are latents but no images to score: add a VAE to it")
+        self.pipe, self.count, self.sampling, self.about = pipe, count, sampling, dict(about)
+        self.num_classes: int = pipe.transformer.config.num_classes
+        self.settings = _call_settings(pipe, sampling)
+        self.image_size = [side * pipe.stride for side in pipe.transformer.latent_size]
+        self.scheduler = build_scheduler(pipe, sampling.scheduler)
+        self._vae = {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()}  # of the weights in `dtype`
+        pipe.set_progress_bar_config(disable=True)
+        (height, width), (steps, scale, interval, channels) = self.image_size, self.settings.values()
+        with self._scheduler_in_use():
+            pipe.check_inputs(height, width, steps, None, scale, interval, channels, 1, "pt", ())
+            self._timesteps = pipe.set_timesteps(steps, None).tolist()
+        sigmas = getattr(self.scheduler, "sigmas", None)  # DDPM and DDIM have none
+        self._sigmas = None if sigmas is None else sigmas.tolist()
+        self.name = self._describe()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Sample some of the images.
+
+        Args:
+            indices: Which ones, B of them.
+
+        Returns:
+            `(B, 3, H, W)` uint8 on the pipeline's device.
+
+        Raises:
+            FloatingPointError: If the latents or pixels of one are not finite.
+        """
+        # Noise from the CPU, so that every device starts from the same.
+        generators = [torch.Generator().manual_seed(self.sampling.seed + i) for i in indices]
+        with self._scheduler_in_use():
+            (images,) = self.pipe(
+                self.labels(indices), **self.settings, generator=generators, output_type="pt", return_dict=False
+            )
+        return to_uint8(images)
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """Classes of some of the images.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            A class each.
+        """
+        if self.sampling.labels == "balanced":
+            return [i % self.num_classes for i in indices]
+        return [random_label(self.sampling.seed, i, self.num_classes) for i in indices]
+
+    def request(self) -> dict[str, Any]:
+        """Everything that decides the pixels of image i, ready for JSON: equal requests give equal images."""
+        rules = {
+            "balanced": f"balanced: i mod {self.num_classes}",
+            "random": f"random: floor({self.num_classes} u), u the first number of Philox4x64 keyed by (seed, i)",
+        }
+        config = json.loads(self.scheduler.to_json_string(), parse_constant=str)  # some hold -Infinity, no JSON
+        request = {
+            **{key: value for key, value in self.about.items() if key != "path"},
+            "image_size": self.image_size,
+            "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
+            "vae": self._vae,
+            "labels": rules[self.sampling.labels],
+            "seed": self.sampling.seed,
+            "noise": "torch.Generator on the CPU, seed + i",
+            "rounding": "round(255 x)",
+            **self.settings,
+            "scheduler": {"class": type(self.scheduler).__name__, "config": config},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(request))  # tuples as JSON has them, so that requests compare
+        return plain
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON of a result says of the images: the request, and what follows from it."""
+        return {
+            **self.about,
+            **self.request(),
+            "seeds": [self.sampling.seed, self.sampling.seed + self.count - 1],
+            "timesteps": self._timesteps,
+            "sigmas": self._sigmas,
+        }
+
+    @contextlib.contextmanager
+    def _scheduler_in_use(self) -> Iterator[None]:
+        """Lend the pipeline this set's scheduler: several sets may share one pipeline."""
+        own, self.pipe.scheduler = self.pipe.scheduler, self.scheduler
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
+
+    def _describe(self) -> str:
+        steps, scale, (low, high), channels = self.settings.values()
+        words = [f"guidance {scale:g}"]
+        if scale > 1 and (low, high) != (0, 1):
+            words[0] += f" in [{low:g}, {high:g}]"
+        if scale > 1 and channels is not None:
+            words[0] += f" on {channels} channels"
+        words += [f"{steps} steps", type(self.scheduler).__name__.removesuffix("Scheduler")]
+        words += ["random labels"] * (self.sampling.labels == "random")
+        words += ["raw weights"] * (self.about.get("weights") == "raw")
+        return ", ".join(words)
+
+
+def build_scheduler(pipe: IwinDiTPipeline, name: str | None) -> SchedulerMixin:
+    """Build a scheduler by name, set up for the pipeline's model.
+
+    Args:
+        pipe: Has a scheduler, whose configuration is kept, and the prediction type.
+        name: A name of `SCHEDULERS`, or None.
+
+    Returns:
+        A new scheduler; for None a copy of the pipeline's own.
+
+    Raises:
+        ValueError: If the name is unknown, or the scheduler is made for another kind of model.
+    """
+    config, trained = pipe.scheduler.config, pipe.config.prediction_type
+    if name is None:
+        return type(pipe.scheduler).from_config(config)
+    fitting = SCHEDULERS.get(trained, ())
+    if name not in fitting:
+        raise ValueError(f"the model predicts {trained!r}: expected a scheduler of {', '.join(fitting)}, got {name!r}")
+    scheduler = getattr(diffusers, f"{name}Scheduler")
+    if trained != "flow_prediction":
+        return scheduler.from_config(config)
+    # The two families of diffusers word one thing, the shift of the noise levels, in two ways.
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    only_one_has = ("shift", "flow_shift", "use_flow_sigmas", "prediction_type")
+    config = {key: value for key, value in config.items() if key not in only_one_has}
+    if name.startswith("FlowMatch"):
+        return scheduler.from_config(config, shift=shift)
+    return scheduler.from_config(config, prediction_type=trained, use_flow_sigmas=True, flow_shift=shift)
+
+
+def random_label(seed: int, index: int, num_classes: int) -> int:
+    """Draw the class of an image from a counter-based generator, whose raw stream numpy promises for good.
+
+    Args:
+        seed: Of the set of images, in [0, 2**64).
+        index: Of the image.
+        num_classes: How many classes there are.
+
+    Returns:
+        A class, uniform but for a bias of less than `num_classes` in 2**64.
+    """
+    raw = np.random.Philox(key=np.array([seed, index], dtype=np.uint64)).random_raw()
+    return int(raw) * num_classes >> 64
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images as saving them to PNG would.
+
+    Args:
+        images: `(B, 3, H, W)` floating point in [0, 1].
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Raises:
+        FloatingPointError: If a value is not finite, which uint8 would turn into a plausible grey.
+    """
+    if not images.isfinite().all():
+        raise FloatingPointError("the pipeline gave NaN or infinite pixels; a distance between them means nothing")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _call_settings(pipe: IwinDiTPipeline, sampling: Sampling) -> dict[str, Any]:
+    """Arguments of the pipeline's call, its own defaults where none is given, so that what is recorded is what ran."""
+    defaults = inspect.signature(pipe.__call__).parameters
+    given = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "guidance_interval": sampling.guidance_interval,
+        "guidance_channels": sampling.guidance_channels,
+    }
+    return {name: defaults[name].default if value is None else value for name, value in given.items()}

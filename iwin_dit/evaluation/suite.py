@@ -1,0 +1,372 @@
+"""The metrics as data, and what is kept of one side of a comparison while its images go by.
+
+Owns names, what each metric needs, and the computation of the values. Must not know where images come from, how they
+are dealt to processes, or how values are reported.
+
+Letters: B batch, T frames, H W image axes, D features.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..metrics.feature_table import FeatureTable
+from ..metrics.frechet import frechet_distance
+from ..metrics.inception_score import InceptionScore
+from ..metrics.moments import Gaussian, Moments
+from ..metrics.network import FeatureNetwork
+from ..metrics.two_sample import kernel_inception_distance, precision_recall
+
+FULL_COUNT = 50_000  # images from which on a metric carries its plain name, as papers report it
+CHUNK = 5000  # consecutive images of the inception score
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = 3  # of precision and recall
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is computed from.
+
+    Attributes:
+        network: The network that gives the features.
+        features: Name of the features.
+        kind: Frechet distance, inception score, kernel inception distance, or precision and recall.
+        greater_is_better: Which way is up.
+        protocols: Under which it is defined; none where the protocol plays no part.
+        unbiased: Whether covariances are over n - 1; otherwise over n.
+    """
+
+    network: str
+    features: str
+    kind: Literal["frechet", "is", "kid", "pr"]
+    greater_is_better: bool
+    protocols: tuple[str, ...] = ()
+    unbiased: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("inception", "pool", "frechet", False, ("adm", "pytorch-fid", "clean")),
+    "sfid": Metric("inception", "spatial", "frechet", False, ("adm",)),
+    "is": Metric("inception", "logits", "is", True, ("adm",)),
+    "kid": Metric("inception", "pool", "kid", False, ("adm", "pytorch-fid", "clean")),
+    "pr": Metric("inception", "pool", "pr", True, ("adm",)),
+    "fd_dinov2": Metric("dinov2", "dinov2", "frechet", False),
+    "frechet_digits": Metric("digits", "digits", "frechet", False),
+    "fvd": Metric("i3d", "i3d", "frechet", False, unbiased=False),
+}
+
+
+def check_metrics(metrics: Sequence[str], protocol: str) -> None:
+    """Refuse metrics that don't exist, or not together, or not under this protocol.
+
+    Args:
+        metrics: Their names.
+        protocol: Of the Inception network.
+
+    Raises:
+        ValueError: Says which one and what is valid.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics or len(set(metrics)) < len(metrics):
+        raise ValueError(f"expected metrics of {', '.join(METRICS)}, each once, got {', '.join(metrics) or 'none'}")
+    if "fvd" in metrics and len(metrics) > 1:
+        raise ValueError(f"fvd is of clips and the other metrics are of images: expected it alone, got {metrics}")
+    for name in metrics:
+        protocols = METRICS[name].protocols
+        if protocols and protocol not in protocols:
+            raise ValueError(f"{name} is defined under protocol {' or '.join(protocols)}, got {protocol!r}")
+
+
+def check_libraries(metrics: Sequence[str]) -> None:
+    """Try the libraries of the metrics that come last, before the long work.
+
+    Args:
+        metrics: Keys of `METRICS`.
+
+    Raises:
+        ImportError: One is missing; the text names the extra.
+    """
+    points = torch.eye(NEIGHBOURS + 2)
+    if "kid" in metrics:
+        kernel_inception_distance(points, points, subsets=1)
+    if "pr" in metrics:
+        precision_recall(points, points, neighbours=NEIGHBOURS)
+
+
+def needs_reference(metric: str) -> bool:
+    """Whether the metric compares with real images; the inception score alone does not."""
+    return METRICS[metric].kind != "is"
+
+
+def uses_protocol(metrics: Sequence[str]) -> bool:
+    """Whether the protocol of the Inception network plays a part in any of the metrics."""
+    return any(METRICS[name].protocols for name in metrics)
+
+
+def reported_names(metric: str, n_fake: int) -> tuple[str, ...]:
+    """Names under which the values of a metric may be reported.
+
+    Args:
+        metric: A key of `METRICS`.
+        n_fake: Number of generated images.
+
+    Returns:
+        One name, of precision and recall two. Below 50,000 images the number is part of it, as `fid_10000`, and of fvd
+        always; frechet_digits has no published values to be confused with, and keeps its plain name.
+    """
+    names = ("precision", "recall") if metric == "pr" else (metric,)
+    plain = metric == "frechet_digits" or (metric != "fvd" and n_fake >= FULL_COUNT)
+    return names if plain else tuple(f"{name}_{n_fake}" for name in names)
+
+
+def kept_bytes(metrics: Sequence[str], networks: Mapping[str, FeatureNetwork], count: int, *, real: bool) -> int:
+    """Memory that the statistics of one side take on every process, besides the networks.
+
+    Args:
+        metrics: Keys of `METRICS`.
+        networks: The networks that they need, by name.
+        count: Number of images of this side.
+        real: Whether this is the reference.
+
+    Returns:
+        Bytes. Frechet distances take `8 D (D + 1)`; KID, precision and recall, which need every image's features,
+        `4 D` per image; the inception score `8 D` per 5,000 images.
+    """
+    total = 0
+    for kind, (network, features) in _kept(metrics, real=real):
+        D = networks[network].widths[features]
+        total += {"moments": 8 * D * (D + 1), "table": 4 * D * count, "score": 8 * D * math.ceil(count / CHUNK)}[kind]
+    return total
+
+
+def extract(networks: Mapping[str, FeatureNetwork], images: Tensor) -> dict[str, Tensor]:
+    """Run images through several networks.
+
+    Args:
+        networks: By name, all on the device of the images.
+        images: uint8 `(B, 3, H, W)`, clips `(B, T, 3, H, W)`.
+
+    Returns:
+        `(B, D)` by name of the features.
+    """
+    with torch.no_grad():
+        return {name: rows for network in networks.values() for name, rows in network(images).items()}
+
+
+class Side:
+    """What is kept of the generated images, or of the real ones, for some metrics; metrics share what they can.
+
+    Memory on every process is that of `kept_bytes`.
+
+    Args:
+        metrics: Keys of `METRICS`.
+        networks: The networks that they need, by name.
+        count: Number of images of this side, over all processes and attempts.
+        device: Where the networks are.
+        real: Whether this is the reference; of real images no inception score is kept.
+
+    Attributes:
+        count: Number of images.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        networks: Mapping[str, FeatureNetwork],
+        count: int,
+        device: torch.device | str,
+        *,
+        real: bool,
+    ) -> None:
+        self.count, self._device = count, torch.device(device)
+        # float64, which statistics need, does not exist on MPS.
+        self._kept_on = torch.device("cpu") if self._device.type == "mps" else self._device
+        self._networks: dict[str, FeatureNetwork] = {}
+        self._moments: dict[str, Moments] = {}
+        self._tables: dict[str, FeatureTable] = {}
+        self._scores: dict[str, InceptionScore] = {}
+        for kind, (network, features) in _kept(metrics, real=real):
+            self._networks[network] = networks[network]
+            D = networks[network].widths[features]
+            if kind == "moments":
+                self._moments[features] = Moments(D, self._kept_on)
+            elif kind == "table":
+                self._tables[features] = FeatureTable(count, D)
+            else:
+                self._scores[features] = InceptionScore(count, D, CHUNK, self._kept_on)
+
+    def update(self, images: Tensor, indices: Sequence[int]) -> None:
+        """Add a batch.
+
+        Args:
+            images: uint8 `(B, 3, H, W)`, clips `(B, T, 3, H, W)`, on any device.
+            indices: Which images they are, B of them in [0, count).
+
+        Raises:
+            ValueError: There are more or fewer images than indices, or the networks take no such images.
+        """
+        self.add(extract(self._networks, images.to(self._device)), indices)
+
+    def add(self, features: Mapping[str, Tensor], indices: Sequence[int]) -> None:
+        """Add a batch by its features.
+
+        Args:
+            features: `(B, D)` by name, at least those of this side's metrics.
+            indices: Which images they are of.
+
+        Raises:
+            ValueError: There are more or fewer images than indices.
+        """
+        for name, rows in features.items():
+            if len(rows) != len(indices):
+                raise ValueError(f"expected {name} features of {len(indices)} images, got those of {len(rows)}")
+        for kept in (self._tables, self._scores, self._moments):  # tables first: they refuse an index that came before
+            for name, statistics in kept.items():
+                statistics.update(features[name].to(self._kept_on), indices)
+
+    def reduce(self) -> None:
+        """Make these the statistics of all processes' images; a collective, to be called once."""
+        for statistics in self._all().values():
+            statistics.reduce()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of everything that is kept, on the CPU, for safetensors."""
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, statistics in self._all().items()
+            for name, tensor in statistics.state().items()
+        }
+
+    def add_state(self, state: Mapping[str, Tensor]) -> None:
+        """Merge what another attempt saw of other images.
+
+        Args:
+            state: What `state` gave there.
+
+        Raises:
+            ValueError: It is of other metrics, networks or numbers of images, or has an image that came before.
+        """
+        parts = self._all()
+        groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in parts}
+        for key, tensor in state.items():
+            prefix, _, name = key.rpartition(".")
+            groups.setdefault(prefix, {})[name] = tensor
+        if groups.keys() != parts.keys() or not all(groups.values()):
+            raise ValueError(
+                f"expected statistics of {sorted(parts)}, got those of {sorted(k for k in groups if groups[k])}"
+            )
+        for prefix, statistics in parts.items():
+            statistics.add_state(groups[prefix])
+
+    def check_complete(self) -> None:
+        """Check that exactly `count` images came, after `reduce`.
+
+        Raises:
+            ValueError: More or fewer came.
+        """
+        for name, moments in self._moments.items():
+            if moments.count != self.count:
+                raise ValueError(f"expected {self.count} images, got the {name} features of {moments.count}")
+
+    def gaussian(self, metric: str) -> Gaussian:
+        """Mean and covariance of a Frechet distance's features.
+
+        Args:
+            metric: A key of `METRICS`.
+
+        Returns:
+            Both, with the covariance that the metric is defined by.
+        """
+        return self._moments[METRICS[metric].features].gaussian(unbiased=METRICS[metric].unbiased)
+
+    def table(self, metric: str) -> Tensor:
+        """Features of all images of KID, precision and recall, `(count, D)`; a ValueError unless each came once."""
+        return self._tables[METRICS[metric].features].features()
+
+    def on_device(self, table: Tensor) -> Tensor:
+        """Move a table to where the networks are, but for MPS; all pairs of images are work for an accelerator."""
+        return table.to(self._kept_on)
+
+    def score(self, metric: str) -> tuple[float, float]:
+        """Inception score: mean and standard deviation over chunks; a ValueError unless all images came."""
+        return self._scores[METRICS[metric].features].score()
+
+    def _all(self) -> dict[str, Moments | FeatureTable | InceptionScore]:
+        """Everything that is kept, in the same order on every process."""
+        return {
+            **{f"moments.{name}": moments for name, moments in self._moments.items()},
+            **{f"table.{name}": table for name, table in self._tables.items()},
+            **{f"score.{name}": score for name, score in self._scores.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Real:
+    """The statistics of the real images, by metric.
+
+    Attributes:
+        gaussians: Of each Frechet distance.
+        tables: `(N, D)` features for KID, precision and recall, N real images.
+        floors: What real images score against real images, of each Frechet distance where it is known: `value`, `n`
+            images `against` so many others.
+    """
+
+    gaussians: Mapping[str, Gaussian]
+    tables: Mapping[str, Tensor]
+    floors: Mapping[str, Mapping[str, Any]]
+
+
+def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Compute all values.
+
+    Args:
+        metrics: Keys of `METRICS`.
+        fake: Of all generated images, reduced.
+        real: What the metrics compare with.
+        seed: Of KID's subsets.
+
+    Returns:
+        Reported name to `value` and what belongs to it: of Frechet distances `raw`, the value before it was clamped at
+        0, and `floor` where it is known; of scores over parts `std`; the parameters of KID, precision and recall.
+
+    Raises:
+        ValueError: Images are missing, or a value is not finite.
+    """
+    fake.check_complete()
+    values: dict[str, dict[str, Any]] = {}
+    for name in metrics:
+        values |= zip(reported_names(name, fake.count), _compute(name, fake, real, seed), strict=True)
+    bad = [name for name, entry in values.items() if not math.isfinite(entry["value"])]
+    if bad:
+        raise ValueError(f"expected finite values, those of {', '.join(bad)} are not: look at the images")
+    return values
+
+
+def _kept(metrics: Sequence[str], *, real: bool) -> list[tuple[str, tuple[str, str]]]:
+    """What some metrics keep of one side, each thing once: kind of statistics, and (network, features)."""
+    kinds = {"frechet": "moments", "kid": "table", "pr": "table", "is": "score"}
+    found = [METRICS[name] for name in metrics if not (real and METRICS[name].kind == "is")]
+    return list(dict.fromkeys((kinds[metric.kind], (metric.network, metric.features)) for metric in found))
+
+
+def _compute(name: str, fake: Side, real: Real, seed: int) -> list[dict[str, Any]]:
+    """The entries of one metric, as many as it has reported names."""
+    kind = METRICS[name].kind
+    if kind == "frechet":
+        raw = frechet_distance(real.gaussians[name], fake.gaussian(name))
+        floor = {"floor": dict(real.floors[name])} if name in real.floors else {}
+        return [{"value": max(raw, 0.0), "raw": raw, **floor}]
+    if kind == "is":
+        value, std = fake.score(name)
+        return [{"value": value, "std": std}]
+    rows, real_rows = fake.table(name), real.tables[name]
+    if kind == "kid":
+        size = min(KID_SUBSET_SIZE, len(rows), len(real_rows))
+        value, std = kernel_inception_distance(rows, real_rows, subsets=KID_SUBSETS, subset_size=size, seed=seed)
+        return [{"value": value, "std": std, "subsets": KID_SUBSETS, "subset_size": size, "seed": seed}]
+    both = precision_recall(fake.on_device(rows), fake.on_device(real_rows), neighbours=NEIGHBOURS)
+    return [{"value": value, "neighbours": NEIGHBOURS, "n_real": len(real_rows)} for value in both]

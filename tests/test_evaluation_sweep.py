@@ -1,0 +1,144 @@
+"""Sweeps: every combination once, results read again, the table and the curves."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+import evaluate_fid
+from iwin_dit import IwinDiTPipeline
+from iwin_dit.charts import Panel, Series, save_charts
+from iwin_dit.data.digits import Digits
+from iwin_dit.evaluation.networks import CLASSIFIER
+from iwin_dit.evaluation.samples import Sampling
+from iwin_dit.evaluation.sweep import Point, grid, markdown, panels
+from iwin_dit.metrics.digits import DigitsFeatures
+from tests.tools import tiny_model, tiny_vae
+
+
+def result(guidance: float, fid: float, score: float, *, steps: int = 50, model: str = "runs/x") -> dict:
+    """A result as in the JSON of a point."""
+    generated = {
+        "path": model,
+        "weights": "ema",
+        "step": None,
+        "scheduler": {"class": "DDIMScheduler"},
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "guidance_interval": [0.0, 1.0],
+        "guidance_channels": None,
+        "labels": "balanced: i mod 10",
+        "seed": 0,
+        "n": 500,
+    }
+    metrics = {"fid_500": {"value": fid}, "is_500": {"value": score}}
+    return {"metrics": metrics, "generated": generated, "reference": {"path": "r.npz"}, "protocol": "adm"}
+
+
+RESULTS = [
+    result(1.5, 3.25, 200.0),
+    result(1.0, 9.5, 100.0),
+    result(1.0, 8.5, 110.0, steps=250),
+    result(1.5, 2.5, 215.84, steps=250),
+]
+
+
+def test_the_grid_is_every_combination_once():
+    common = Sampling(seed=3)
+    points = grid(["a", "b"], common, {"guidance": [1.0, 2.0, 1.0], "steps": [], "scheduler": ["DDIM"]})
+    settings = [Sampling(guidance=scale, scheduler="DDIM", seed=3) for scale in (1.0, 2.0)]
+    assert points == [Point(model, setting) for model in ("a", "b") for setting in settings]
+    assert grid(["a"], common, {}) == [Point("a", common)]
+
+
+def test_the_table_says_what_varies_and_marks_the_best():
+    common, _, *table = markdown(RESULTS).splitlines()
+    assert common.startswith("model runs/x, weights ema, ")
+    assert "reference r.npz, protocol adm" in common
+    assert "steps" not in common
+    assert table == [
+        "| steps | guidance | fid_500 | is_500 |",
+        "| --- | --- | --- | --- |",
+        "| 50 | 1.5 | 3.25 | 200 |",
+        "| 50 | 1 | 9.5 | 100 |",
+        "| 250 | 1 | 8.5 | 110 |",
+        "| 250 | 1.5 | **2.5** | **215.84** |",
+    ]
+
+
+def test_the_curves_are_over_guidance_and_the_score_over_the_distance():
+    distance, score = panels(RESULTS)
+    assert (distance.xlabel, distance.ylabel, score.xlabel, score.ylabel) == (
+        "guidance",
+        "fid_500",
+        "fid_500",
+        "is_500",
+    )
+    assert [(s.label, s.x, s.y) for s in distance.series] == [
+        ("steps 50", (1.0, 1.5), (9.5, 3.25)),
+        ("steps 250", (1.0, 1.5), (8.5, 2.5)),
+    ]
+    assert [(s.x, s.y) for s in score.series] == [((9.5, 3.25), (100.0, 200.0)), ((8.5, 2.5), (110.0, 215.84))]
+
+
+def test_without_guidance_the_curves_are_over_the_steps():
+    [panel, _] = panels([result(2.0, 3.0, 1.0, steps=steps, model=m) for m in ("a", "b") for steps in (10, 20)])
+    assert panel.xlabel == "steps"
+    assert [series.label for series in panel.series] == ["model a", "model b"]
+
+
+def test_charts_are_pictures_and_other_files_are_refused(tmp_path):
+    panels = [Panel("x", "y", [Series("a", [1, 2], [3, 4]), Series("", [], [])], 3), Panel("x", "z", [])]
+    save_charts(panels, tmp_path / "a.png", share_x=True)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+        assert image.height < image.width
+    with pytest.raises(ValueError, match=r"expected a picture such as a\.png, got a\.txt"):
+        save_charts(panels, tmp_path / "a.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    DigitsFeatures().save(tmp_path / CLASSIFIER, {})
+    digits = Digits()
+    Path("real").mkdir()
+    for i in range(20):
+        Image.fromarray(digits[i].permute(1, 2, 0).numpy()).save(f"real/{i:02}.png")
+    model = tiny_model(sample_size=16, patch_size=2)
+    for name in ("runs/a", "runs/b"):
+        IwinDiTPipeline(model, tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(f"{name}/pipeline")
+        model = tiny_model(sample_size=16, patch_size=2, num_layers=1)
+    command = ["sweep", "--model", "runs/a", "runs/b", "--guidance", "1", "2", "--steps", "1", "--num-samples", "4"]
+    command += ["--reference", "real", "--metrics", "frechet_digits", "--out", "sweep"]
+    evaluate_fid.main([*command, "--guidance-interval", "0.1,0.9"])
+    table = capsys.readouterr().out
+    results = {path: path.stat().st_mtime_ns for path in Path("sweep").glob("*.json")}
+    assert sorted(path.name for path in results) == [
+        f"runs-{name}_FlowMatchEulerDiscrete_steps-1_guidance-{scale}_interval-0.1-0.9.json"
+        for name in "ab"
+        for scale in (1, 2)
+    ]
+    assert "| runs/b | 2 | " in table
+    assert Path("sweep/sweep.md").read_text() in table
+    with Path("sweep/sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = {float(row["frechet_digits"]) for row in rows}
+    assert values == {json.loads(path.read_text())["metrics"]["frechet_digits"]["value"] for path in results}
+    assert {row["interval"] for row in rows} == {"0.1 to 0.9"}
+
+    evaluate_fid.main([*command, "--guidance-interval", "0.1,0.9", "0,1"])  # some of it is there already
+    assert all(path.stat().st_mtime_ns == written for path, written in results.items())
+    assert len(list(Path("sweep").glob("*.json"))) == 8
+    assert {path.suffix for path in Path("sweep").iterdir()} == {".json", ".md", ".csv", ".png"}
+
+    with pytest.raises(ValueError, match=r"was made otherwise \(generated\.seed is 0 there, 1 was asked for\)"):
+        evaluate_fid.main([*command, "--guidance-interval", "0.1,0.9", "--seed", "1"])
+    next(iter(results)).write_text("{}")
+    with pytest.raises(ValueError, match="is not a result of a sweep"):
+        evaluate_fid.main([*command, "--guidance-interval", "0.1,0.9"])

@@ -1,0 +1,249 @@
+"""Frames of clips, and folders of clips as a set: what is read, what is refused, what the record says."""
+
+import hashlib
+import logging
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iwin_dit.data.images import BrokenImageError
+from iwin_dit.data.videos import BrokenVideoError, ClipFacts, frame_paths, list_clips, probe_clip, read_frames
+from iwin_dit.evaluation.videos import VideoFiles
+from iwin_dit.files import sha256
+from tests.corpus import png_chunk, png_start
+
+H, W, RATE = 32, 48, 8
+# Container, codec, pixel format, options, and the largest error of a pixel.
+CODECS = {
+    "mp4": ("libx264", "yuv420p", {"bf": "3"}, 8),
+    "m4v": ("libx264", "yuv420p", {}, 8),
+    "mov": ("mpeg4", "yuv420p", {}, 24),
+    "mkv": ("ffv1", "bgr0", {}, 0),
+    "webm": ("libvpx-vp9", "yuv420p", {}, 8),
+    "avi": ("mpeg4", "yuv420p", {"bf": "2"}, 24),
+    "gif": ("gif", "rgb8", {}, 80),
+}
+
+
+def ramp(frames: int, seed: int = 0) -> np.ndarray:
+    """Frames (T, H, W, 3) of one colour each, which lossy codecs keep and which tells them apart."""
+    steps = np.arange(frames) * 10
+    colours = np.stack([steps, 250 - steps, np.full(frames, 100 + seed)], axis=1).astype(np.uint8)
+    return np.broadcast_to(colours[:, None, None], (frames, H, W, 3)).copy()
+
+
+def write_video(path: Path, frames: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec, pixels, options, _ = CODECS[path.suffix[1:].lower()]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)))
+        container.mux(stream.encode())
+    return path
+
+
+def write_frames(folder: Path, frames: np.ndarray, name: str = "{}.png") -> Path:
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / name.format(i))
+    return folder
+
+
+# --- one clip
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_frames_of_every_container(tmp_path: Path, suffix: str) -> None:
+    path, frames = tmp_path / f"clip.{suffix}", ramp(20)
+    write_video(path, frames)
+    rate = Fraction(RATE) if suffix != "gif" else Fraction(25, 3)  # whose clock ticks in hundredths of a second
+    assert probe_clip(path) == ClipFacts(20, H, W, rate)
+    decoded = read_frames(path)
+    assert decoded.shape == (20, H, W, 3)
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - frames).max() <= CODECS[suffix][3]
+    assert np.array_equal(read_frames(path, 3, 4, 2), decoded[3:10:2])
+    assert np.array_equal(read_frames(path, 19), decoded[19:])
+
+
+def test_lossless_frames_are_exact(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, H, W, 3), dtype=np.uint8)
+    assert np.array_equal(read_frames(write_video(tmp_path / "a.mkv", frames)), frames)
+    assert np.array_equal(read_frames(write_frames(tmp_path / "a", frames)), frames)
+
+
+def test_frames_of_a_folder_come_by_number(tmp_path: Path) -> None:
+    frames = ramp(12)
+    folder = write_frames(tmp_path / "clip", frames, "frame_{}.png")
+    (folder / "notes.txt").write_text("no frame")
+    (folder / "._frame_0.png").write_text("what macOS leaves behind")
+    assert [path.name for path in frame_paths(folder)] == [f"frame_{i}.png" for i in range(12)]
+    assert probe_clip(folder) == ClipFacts(12, H, W, None)
+    assert np.array_equal(read_frames(folder, 1, 4, 3), frames[1:11:3])
+
+
+def test_the_colours_of_a_gif_with_transparent_frames(tmp_path: Path) -> None:
+    """Frames that change a part of the picture are laid over what was there."""
+    first, second = Image.new("RGB", (W, H), (255, 0, 0)), Image.new("RGB", (W, H), (255, 0, 0))
+    second.paste((0, 0, 255), (0, 0, W // 2, H))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second], duration=125)
+    decoded = read_frames(tmp_path / "a.gif")
+    assert np.abs(decoded.astype(int) - np.stack([first, second])).max() <= 8
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: write_video(p / "a.mp4", ramp(5)), lambda p: write_frames(p / "a", ramp(5))]
+)
+def test_clips_that_are_too_short_are_refused(tmp_path: Path, make) -> None:
+    clip = make(tmp_path)
+    assert len(read_frames(clip, 0, 3, 2)) == 3
+    with pytest.raises(ValueError, match=r"a(\.mp4)? is too short: expected at least 6 frames \(start 1, count 3, str"):
+        read_frames(clip, 1, 3, 2)
+    with pytest.raises(ValueError, match=r"is too short: expected at least 6 frames"):
+        read_frames(clip, 5)
+    with pytest.raises(ValueError, match="expected start >= 0, count >= 1 and stride >= 1, got 0, 0 and 1"):
+        read_frames(clip, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "avi"])
+def test_clips_that_were_cut_off_are_named(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"clip.{suffix}", ramp(20))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BrokenVideoError, match=rf"clip\.{suffix} (cannot be decoded|has no video stream)"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mov"])
+def test_damage_is_an_error_and_not_a_guess(tmp_path: Path, suffix: str) -> None:
+    """H.264 and MPEG-4 streams tell, where they are damaged; the decoder fills the gap and says so."""
+    frames = np.random.default_rng(0).integers(0, 256, (9, H, W, 3), dtype=np.uint8)
+    path = write_video(tmp_path / f"clip.{suffix}", frames)
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 2, len(content) // 2 + 2000, 100):
+        content[i] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(BrokenVideoError, match=rf"clip\.{suffix} (is damaged in frame \d|cannot be decoded)"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no video",
+        b"#EXTM3U\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile secret.mp4\n",
+    ],
+)
+def test_files_that_are_no_video_are_refused_and_lead_nowhere(tmp_path: Path, content: bytes) -> None:
+    """A playlist under the name of a video would make FFmpeg open what it lists."""
+    write_video(tmp_path / "secret.mp4", ramp(2))
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    for function in (read_frames, probe_clip):
+        with pytest.raises(BrokenVideoError, match=r"clip\.mp4 cannot be decoded"):
+            function(path)
+
+
+def test_things_that_are_no_clip(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no video")
+    with pytest.raises(FileNotFoundError, match="which is neither"):
+        probe_clip(tmp_path / "missing.mp4")
+    with pytest.raises(ValueError, match=r"expected a video file \(\.mp4"):
+        read_frames(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="found none"):
+        read_frames(tmp_path / "empty")
+    folder = write_frames(tmp_path / "clip", ramp(2))
+    (folder / "1.png").write_bytes(png_start(W, H) + png_chunk(b"IDAT", b""))
+    with pytest.raises(BrokenImageError, match=r"1\.png"):
+        read_frames(folder)
+    Image.new("RGB", (W, H + 1)).save(folder / "1.png")
+    with pytest.raises(ValueError, match="frames of one size"):
+        read_frames(folder)
+
+
+def test_without_pyav_folders_still_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, folder = write_video(tmp_path / "a.mp4", ramp(3)), write_frames(tmp_path / "a", ramp(3))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(read_frames(folder)) == 3
+    with pytest.raises(ImportError, match=r"iwin-dit\[video\]"):
+        read_frames(video)
+
+
+# --- folders of clips
+
+
+def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    clips = [ramp(9, seed) for seed in range(4)]
+    paths = [
+        write_frames(tmp_path / "a" / "2", clips[0]),
+        write_video(tmp_path / "b" / "0.mkv", clips[1]),
+        write_video(tmp_path / "b" / "1.MKV", clips[2]),
+        write_video(tmp_path / "c.mkv", clips[3]),
+    ]
+    (tmp_path / "notes.txt").write_text("no clip")
+    write_frames(tmp_path / ".cache", ramp(1))
+    assert list_clips(tmp_path) == paths
+    videos = VideoFiles(tmp_path, frames=4, stride=2)
+    assert len(videos) == 4
+    assert videos.size == (H, W)
+    assert videos.name == str(tmp_path)
+    assert videos.prefetch
+    batch = videos.read([3, 0, 1, 2])
+    assert batch.shape == (4, 4, 3, H, W)
+    assert batch.dtype == torch.uint8
+    for clip, index in zip(batch, (3, 0, 1, 2), strict=True):
+        assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), clips[index][:8:2])
+    frame_hashes = "".join(f"{sha256(paths[0] / f'{i}.png')}  {i}.png\n" for i in range(9))
+    hashes = [hashlib.sha256(frame_hashes.encode()).hexdigest(), *map(sha256, paths[1:])]
+    names = ["a/2", "b/0.mkv", "b/1.MKV", "c.mkv"]
+    listing = "".join(f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True))
+    assert videos.record() == {
+        "path": str(tmp_path),
+        "n": 4,
+        "frames": 4,
+        "stride": 2,
+        "image_size": [H, W],
+        "stored_as": {".mkv": 3, "frames": 1},
+        "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        "duplicates": 0,
+    }
+
+
+def test_copies_of_clips_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i, seed in enumerate((0, 1, 0)):
+        write_frames(tmp_path / str(i), ramp(3, seed))
+    with caplog.at_level(logging.WARNING):
+        assert VideoFiles(tmp_path, frames=3).record()["duplicates"] == 1
+    assert "1 of 3 images repeat another one" in caplog.text
+
+
+def test_folders_of_clips_that_cannot_count_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing, which is none"):
+        VideoFiles(tmp_path / "missing")
+    write_video(tmp_path / "0.avi", ramp(9))
+    with pytest.raises(ValueError, match=r"at least 2 clips .* got 1"):
+        VideoFiles(tmp_path, frames=9)
+    write_frames(tmp_path / "1", ramp(7))
+    assert len(VideoFiles(tmp_path, frames=7)) == 2
+    with pytest.raises(ValueError, match=r"at least 9 frames \(5 at stride 2\) .* 1 of 2 have fewer:\n  .*1: 7"):
+        VideoFiles(tmp_path, frames=5, stride=2)
+    with pytest.raises(ValueError, match="at least 1 frame and a stride of at least 1, got 0 and 1"):
+        VideoFiles(tmp_path, frames=0)
+    write_frames(tmp_path / "2", ramp(9)[:, :16])
+    with pytest.raises(ValueError, match=r"one size in .*, got 2 of 32 x 48, 1 of 16 x 48"):
+        VideoFiles(tmp_path, frames=7)
+    write_video(tmp_path / "1" / "also.avi", ramp(9))
+    with pytest.raises(ValueError, match=r"the frames of one clip in .*1, got both"):
+        VideoFiles(tmp_path, frames=7)
+    with pytest.raises(ValueError, match=r"expected clips in .*2, got images"):
+        VideoFiles(tmp_path / "2", frames=7)
