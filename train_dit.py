@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from iwin_dit.diffusion import Denoiser
 from iwin_dit.training.batches import Batch
+from iwin_dit.training.best import Score
 from iwin_dit.training.checkpoint import CheckpointError
 from iwin_dit.training.config import parse_config
+from iwin_dit.training.evaluation import evaluate, logged, score, write_record
 from iwin_dit.training.log import Meter
 from iwin_dit.training.pictures import build_pipeline, export, exported_step, model_from, preview
 from iwin_dit.training.ranks import DivergedError, named_rank
@@ -97,10 +99,17 @@ def train(training: Training) -> int:
                 report_skipped(training, result, skipped_in_a_row)
 
             # 2. What is due; a request to stop leaves time for the checkpoint alone
-            logs, validates, previews, checkpoints = (
-                every > 0 and (state.step % every == 0 or state.step == steps)
-                for every in (log.every, log.validate_every, log.preview_every, log.checkpoint_every or steps)
+            intervals = (
+                log.every,
+                log.validate_every,
+                log.preview_every,
+                config.eval.every,
+                log.checkpoint_every or steps,
             )
+            logs, validates, previews, evaluates, checkpoints = (
+                every > 0 and (state.step % every == 0 or state.step == steps) for every in intervals
+            )
+            best = None
             if logs:
                 values = meter.read(state.step)
                 training.metrics.write(
@@ -115,9 +124,13 @@ def train(training: Training) -> int:
                 if previews and not stopping:
                     write_previews(training, lambda: stop.requested)
                     stopping = asked_to_stop()
+                if evaluates and not stopping:
+                    best = write_evaluation(training, lambda: stop.requested)
+                    stopping = asked_to_stop()
                 owed = owed or checkpoints
-                if (owed and result.finite) or stopping:  # a run that diverges must not push out its good checkpoints
-                    save(training, with_pipeline=not stopping)
+                # A run that diverges must not push out its good checkpoints.
+                if ((owed or best is not None) and result.finite) or stopping:
+                    save(training, with_pipeline=not stopping, best=best)
                     owed = False
         finish(training, stopped=stopping > 0)
         bar.close()
@@ -236,7 +249,23 @@ def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
         logger.warning("there is no preview of step %d", state.step, exc_info=True)
 
 
-def save(training: Training, with_pipeline: bool = True) -> None:
+def write_evaluation(training: Training, stopping: Callable[[], bool]) -> Score | None:
+    """Measure samples of the averaged weights, and write the values; return the score if it is the best so far."""
+    assert training.evaluator is not None  # opened where eval.every is above 0
+    config, state, accelerator = training.config, training.state, training.accelerator
+    measured = evaluate(training.evaluator, config, accelerator, state, training.codec, training.class_names, stopping)
+    if measured is None:
+        return None
+    training.metrics.write(state.step, **logged(measured))
+    ours, better = score(config, state.step, measured), False
+    if accelerator.is_main_process:
+        write_record(config, measured, ours)
+        training.writer.join()  # which may be writing the best so far
+        better = ours.beats(training.writer.best)
+    return ours if largest(accelerator, better) == [1] else None
+
+
+def save(training: Training, with_pipeline: bool = True, best: Score | None = None) -> None:
     """Copy the state and have it written, as a checkpoint and as a pipeline, while training goes on."""
     started = time.perf_counter()
     training.writer.join()  # lest memory holds two copies
@@ -248,7 +277,7 @@ def save(training: Training, with_pipeline: bool = True) -> None:
 
     snapshot = training.state.snapshot()
     if training.accelerator.is_main_process:
-        training.writer.save(snapshot, export_pipeline if with_pipeline else None)
+        training.writer.save(snapshot, export_pipeline if with_pipeline else None, best)
     training.metrics.write(training.state.step, checkpoint_stall_seconds=time.perf_counter() - started)
 
 

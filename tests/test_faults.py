@@ -50,7 +50,7 @@ def base(digits_folder) -> list[str]:
         *("--data.vae", str(digits_folder / "vae"), "--data.latents", str(digits_folder / "latents")),
         *("--model.num_layers", "1", "--train.batch_size", str(BATCH), "--train.images", str(8 * BATCH)),
         *("--optim.schedule", "constant", "--optim.warmup_images", "0", "--log.every", "1"),
-        *("--log.validate_every", "0", "--log.preview_every", "0", "--log.checkpoint_every", "4"),
+        *("--log.validate_every", "0", "--log.preview_every", "0", "--log.checkpoint_every", "4", "--eval.every", "0"),
     ]
 
 

@@ -41,6 +41,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     assert not run.exists()
     assert start(configured(run)) == run
     start(configured(run, "--log.every", "3", "--data.num_workers", "1", "--train.mixed_precision", "no"))
+    start(configured(run, "--eval.every", "7", "--eval.num_samples", "9", "--eval.reference", "elsewhere.npz"))
     start(configured(run, "--resume", "step-00000001", "--train.micro_batch_size", "8", "--data.verify", "false"))
     with pytest.raises(ValueError, match=r"model\.num_layers: 6 before, 2 now"):
         check_run(configured(run, "--model.num_layers", "2"))
@@ -99,7 +100,9 @@ def test_overwrite_deletes_the_run_and_nothing_before(tmp_path):
     run, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
     start(configured(run))
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("{}")
+    (run / "evaluations").mkdir()
+    for name in ("metrics.jsonl", "best.json", "evaluations/step-00000001.json"):
+        (run / name).write_text("{}")
     elsewhere.mkdir()
     (run / "previews").symlink_to(elsewhere)
     (run / "notes.txt").write_text("mine")

@@ -50,12 +50,13 @@ def run(folder: Path, script: str, *arguments: str) -> str:
 
 def test_the_run_folder(folder):
     run_folder = folder / "runs" / "digits"
-    assert {"pipeline", "previews", "checkpoints", "metrics.jsonl", "config.json"} <= {
-        p.name for p in run_folder.iterdir()
-    }
+    names = {"pipeline", "previews", "checkpoints", "evaluations", "metrics.jsonl", "config.json", "best.json"}
+    assert names <= {path.name for path in run_folder.iterdir()}
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     assert validation[-1] < 0.32 < validation[0]
+    first, _, last = (record["eval_frechet_digits"] for record in records if "eval_frechet_digits" in record)
+    assert last < first
     assert "is done: 450 of 450 steps" in run(folder, "train")
 
 
@@ -110,10 +111,18 @@ def test_sample_script(folder):
 def test_evaluate_script(folder):
     printed = run(folder, "evaluate", "--model", "runs/digits", "--num-samples", "100")
     result = json.loads((folder / "runs" / "digits" / "fid.json").read_text())
-    assert result["metric"] == "frechet_digits"
     assert "frechet_digits (100 samples vs 1797 real, guidance 3, 50 steps, FlowMatchEulerDiscrete)" in printed
-    assert 0 < result["value"] < 60  # 500 samples score 27; 100 are biased upwards
+    assert 0 < result["metrics"]["frechet_digits"]["value"] < 60  # 500 samples score 27; 100 are biased upwards
     assert result["generated"]["seeds"] == [0, 99]
+
+
+def test_the_best_checkpoint_scores_what_training_said(folder):
+    best = json.loads((folder / "runs" / "digits" / "best.json").read_text())
+    arguments = ["--num-samples", "200", "--steps", "20", "--guidance", "1", "--out", "best.json"]
+    run(folder, "evaluate", "--model", f"runs/digits/{best['checkpoint']}", *arguments)
+    result = json.loads((folder / "best.json").read_text())
+    assert result["metrics"]["frechet_digits"]["value"] == pytest.approx(best["value"], rel=1e-4)
+    assert result["generated"]["step"] == best["step"]
 
 
 def test_the_readmes_python(folder, monkeypatch):

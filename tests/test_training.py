@@ -231,7 +231,7 @@ def data(digits_folder) -> list[str]:
 def train(*arguments: str) -> None:
     """Run train_dit.py in this process, as if it had just started."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_dit.main(["--config", DIGITS, *arguments])
+    train_dit.main(["--config", DIGITS, "--eval.every", "0", *arguments])
 
 
 def losses(run: Path) -> list[float]:

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..files import sha256, sync_folder, write_durably, write_json
+from ..pipelines.loading import CHECKPOINT_MANIFEST as MANIFEST  # load_pipeline reads it
+from .best import Score, write_best
 from .state import STATE, TENSORS, Snapshot
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "checkpoint.json"
 SCRATCH = ".tmp"
 
 PAUSES = (1.0, 5.0)  # seconds between the tries of a save: network file systems fail now and then
@@ -47,21 +48,35 @@ class CheckpointWriter:
         keep_last: How many of the newest to keep, at least 1.
         keep_every: Checkpoints whose step this divides are kept besides; 0 keeps none.
         asynchronous: Whether `save` returns before the checkpoint is written.
+        best: Score of the best checkpoint so far, which is kept besides.
+
+    Attributes:
+        best: The same, of the checkpoints that stand; to be read when nothing is being written.
     """
 
-    def __init__(self, root: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = True) -> None:
-        self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        best: Score | None = None,
+    ) -> None:
+        self.root, self.keep_last, self.keep_every, self.best = root, keep_last, keep_every, best
         self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
         self._problem: str | None = None  # of the last save
         self._failures = 0  # checkpoints in a row, up to the last
 
-    def save(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None = None) -> None:
+    def save(
+        self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None = None, best: Score | None = None
+    ) -> None:
         """Write a checkpoint, then remove old ones, then export; first wait for the previous one.
 
         Args:
             snapshot: What to write; it is refused if it is not finite.
             export: Writes what others use, from the same snapshot.
+            best: Its score, if it is the best so far: recorded once the checkpoint stands, before any is removed.
 
         Raises:
             CheckpointError: If the last `MAX_FAILURES` checkpoints could not be written.
@@ -72,9 +87,9 @@ class CheckpointWriter:
                 f"{MAX_FAILURES} checkpoints in a row could not be written. The last: {self._problem}"
             )
         if self._executor is None:
-            self._write(snapshot, export)
+            self._write(snapshot, export, best)
         else:
-            self._pending = self._executor.submit(self._write, snapshot, export)
+            self._pending = self._executor.submit(self._write, snapshot, export, best)
 
     def join(self) -> None:
         """Return when nothing is being written, whether or not that succeeded."""
@@ -91,7 +106,7 @@ class CheckpointWriter:
         if self._problem is not None:
             raise CheckpointError(self._problem)
 
-    def _write(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None) -> None:
+    def _write(self, snapshot: Snapshot, export: Callable[[Snapshot], None] | None, best: Score | None) -> None:
         final = self.root / checkpoint_name(snapshot.step)
         self._problem = _write_checkpoint(snapshot, final)
         if self._problem is not None:
@@ -99,6 +114,8 @@ class CheckpointWriter:
             logger.error("%s", self._problem)
             return
         self._failures = 0
+        if best is not None:
+            self._record(best, final)
         self._prune(snapshot.step)
         if export is not None:
             needed = sum(tensor.nbytes for tensor in snapshot.ema.values())
@@ -106,12 +123,22 @@ class CheckpointWriter:
             if self._problem is not None:
                 logger.warning("%s", self._problem)
 
+    def _record(self, best: Score, folder: Path) -> None:
+        """Write best.json; where that fails, the one before remains the best, and its checkpoint is kept."""
+        what = f"the record of the best checkpoint {folder}"
+        problem = _persist(lambda: write_best(self.root.parent, best, folder), what, self.root, 1000)
+        if problem is None:
+            self.best = best
+        else:
+            logger.warning("%s", problem)
+
     def _prune(self, step: int) -> None:
         """Remove what is older than the checkpoint just written, beyond what is kept."""
         older = [folder for folder in list_checkpoints(self.root) if _step(folder) < step]
         complete = [folder for folder in older if find_damage(folder, hashes=False) is None]
         kept = {*complete[::-1][: self.keep_last - 1]}
         kept |= {folder for folder in complete if self.keep_every and _step(folder) % self.keep_every == 0}
+        kept |= {folder for folder in complete if self.best is not None and _step(folder) == self.best.step}
         for folder in sorted(set(older) - kept):
             try:
                 shutil.rmtree(folder)
@@ -128,6 +155,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Return the folders in `root` that are named as checkpoints, complete or not, oldest first."""
     folders = root.iterdir() if root.is_dir() else ()
     return sorted((f for f in folders if re.fullmatch(r"step-\d{8,}", f.name) and f.is_dir()), key=_step)
+
+
+def standing_checkpoints(root: Path, last: int) -> dict[int, Path]:
+    """Return the checkpoints up to step `last` whose files are all there, by their sizes; by step, oldest first."""
+    folders = (folder for folder in list_checkpoints(root) if _step(folder) <= last)
+    return {_step(folder): folder for folder in folders if find_damage(folder, hashes=False) is None}
 
 
 def find_damage(folder: Path, hashes: bool = True) -> str | None:

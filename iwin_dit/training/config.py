@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ArgumentParser
 
 from ..diffusion import DDPM, FlowMatching, Objective
+from ..evaluation.suite import check_metrics, needs_reference
 from ..models import IwinDiTTransformer2DModel
 
 
@@ -192,6 +193,44 @@ class LogConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Metrics of samples from the averaged weights, during training: the code of `evaluate_fid.py`, on fewer samples.
+
+    Attributes:
+        every: Steps between evaluations (and one at the last step); 0 turns them off.
+        metrics: Comma-separated, as `evaluate_fid.py --metrics` takes them; the first decides which checkpoint is the
+            best, and that one is kept.
+        reference: What the samples are compared with: "digits", or the .npz that `evaluate_fid.py reference` makes;
+            null for metrics that need none.
+        num_samples: Images, over all processes, balanced over the classes.
+        num_inference_steps: Sampler steps.
+        guidance_scale: Guidance scale; 1 turns guidance off.
+        batch_size: Images per process at a time; changes no image.
+        seed: Image i starts from the noise of seed + i, the same in every evaluation.
+        protocol: Resize and normalisation of the images for Inception.
+        inception_weights: File of its weights; null takes the cached ones.
+        dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
+    """
+
+    every: int = 0
+    metrics: str = "fid"
+    reference: str | None = None
+    num_samples: int = 5000
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    batch_size: int = 50
+    seed: int = 0
+    protocol: Literal["adm", "pytorch-fid", "clean"] = "adm"
+    inception_weights: str | None = None
+    dinov2: str | None = None
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics, one by one."""
+        return tuple(name.strip() for name in self.metrics.split(","))
+
+
+@dataclass
 class Config:
     """Everything that decides a training run.
 
@@ -208,6 +247,7 @@ class Config:
         optim: AdamW and its learning rate.
         train: The loop.
         log: What is written, and when.
+        eval: Metrics of samples, and the best checkpoint.
     """
 
     run: str
@@ -222,12 +262,14 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         idle = "ddpm" if self.objective == "flow_matching" else "flow_matching"
         if getattr(self, idle) != type(getattr(self, idle))():
             raise ValueError(f"{idle} settings have no effect with objective {self.objective!r}: remove them")
         self._check_numbers()
+        self._check_metrics()
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
             raise ValueError(
@@ -246,6 +288,22 @@ class Config:
         classes = self.model["num_classes"]
         if not all(0 <= label < classes for label in self.log.preview_classes):
             raise ValueError(f"log.preview_classes must be 0 to {classes - 1}, got {self.log.preview_classes}")
+
+    def _check_metrics(self) -> None:
+        """Raise a ValueError for metrics that cannot be measured here; what lies on disk is checked at the start."""
+        names = self.eval.metric_names
+        try:
+            check_metrics(names, self.eval.protocol)
+        except ValueError as error:
+            raise ValueError(f"eval.metrics {self.eval.metrics!r}: {error}") from error
+        if "fvd" in names:
+            raise ValueError("eval.metrics 'fvd': it is of clips, and training samples images: give other metrics")
+        needing = [name for name in names if needs_reference(name)]
+        if self.eval.every and needing and self.eval.reference is None:
+            raise ValueError(
+                f"eval.reference must be given for {', '.join(needing)}: 'digits', or a file that `evaluate_fid.py "
+                "reference` makes. Set eval.every to 0 to train without evaluation"
+            )
 
     def build_objective(self) -> Objective:
         """Return the objective that trains."""
@@ -279,12 +337,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: 1 <= value <= 1e15,
         ("train.images", "train.ema_halflife_images", "log.validation_samples"),
     ),
+    "from 2 to 10**9": (lambda value: 2 <= value <= 1e9, ("eval.num_samples",)),  # a covariance needs two
     "from 1 to 10**6": (
         lambda value: 1 <= value <= 1e6,
         (
             *("train.batch_size", "train.micro_batch_size", "train.gradient_accumulation_steps"),
             *("train.max_skipped_steps", "data.shard_size", "data.encode_batch_size", "data.shares"),
-            *("log.every", "log.keep_last"),
+            *("log.every", "log.keep_last", "eval.batch_size"),
             *("model.num_classes", "model.in_channels", "model.attention_head_dim"),
         ),
     ),
@@ -293,6 +352,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("data.resolution", "data.decode_threads", "model.num_layers", "model.num_attention_heads"),
             *("log.preview_columns", "log.preview_steps", "log.preview_guidance_scale"),
+            *("eval.num_inference_steps", "eval.guidance_scale"),
         ),
     ),
     "from 0 to 10**4": (lambda value: 0 <= value <= 1e4, ("data.num_workers",)),
@@ -301,6 +361,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("data.max_broken_images", "data.holdout", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
             *("log.validate_every", "log.preview_every", "log.checkpoint_every", "log.keep_every"),
+            "eval.every",
         ),
     ),
     "above 0": (
@@ -309,7 +370,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("optim.betas.0", "optim.betas.1")),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),
-    "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # what numpy's global generator takes
+    "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed", "eval.seed")),  # what numpy's generator takes
 }
 
 
@@ -362,6 +423,7 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "log": LogConfig,
+    "eval": EvalConfig,
 }
 
 

@@ -12,10 +12,9 @@ from PIL import Image
 from ..data.codec import LatentCodec
 from ..models import IwinDiTTransformer2DModel
 from ..pipelines import IwinDiTPipeline
+from ..pipelines.loading import EXPORT_RECORD
 from ..pipelines.pictures import image_grid, side_by_side
 from .config import Config
-
-STEP_FILE = "training.json"
 
 
 def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTTransformer2DModel:
@@ -124,12 +123,12 @@ def export(pipeline: IwinDiTPipeline, folder: Path, step: int) -> None:
     staging = folder.with_name(".pipeline.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     pipeline.save_pretrained(staging)
-    (staging / STEP_FILE).write_text(json.dumps({"step": step}))
+    (staging / EXPORT_RECORD).write_text(json.dumps({"step": step}))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 
 
 def exported_step(folder: Path) -> int | None:
     """Tell the step whose weights a pipeline folder holds, the inverse of `export`; None where there is none."""
-    record = folder / STEP_FILE
+    record = folder / EXPORT_RECORD
     return json.loads(record.read_text())["step"] if record.is_file() else None

@@ -1,6 +1,6 @@
 """The run folder: whether it may be used, its record, its lock. What lies in checkpoints/ is checkpoint.py's.
 
-    runs/<name>/.lock  config.json  metrics.jsonl  previews/  pipeline/  checkpoints/
+    runs/<name>/.lock  config.json  metrics.jsonl  previews/  pipeline/  checkpoints/  evaluations/  best.json
 
 Nothing is deleted before `open_run`, and by it only what a run left there, with --overwrite.
 """
@@ -29,7 +29,7 @@ RECORD = "config.json"
 # started again. The lock stays, for it is held.
 OF_A_RUN = (
     *("checkpoints", "previews", "pipeline", ".pipeline.tmp", "metrics.jsonl", ".metrics.tmp"),
-    *("tensorboard", "wandb", "wandb-id", RECORD),
+    *("evaluations", "best.json", "tensorboard", "wandb", "wandb-id", RECORD),
 )
 
 # Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
@@ -65,7 +65,7 @@ def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
         return
     # a key that is newer than the record had its default, whatever it does now
     before, now = _defaults() | _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
-    free_sections = ("log.", "packages.") if resolved is not None else ("log.", "packages.", "resolved.")
+    free_sections = ("log.", "eval.", "packages.", *(() if resolved is not None else ("resolved.",)))
     changed = sorted(
         key
         for key in before.keys() | now.keys()

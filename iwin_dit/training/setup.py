@@ -16,18 +16,22 @@ from ..data.codec import LatentCodec
 from ..data.latents import LatentDataset
 from ..data.manifest import MANIFEST
 from ..diffusion import Objective
+from ..evaluation.evaluator import Evaluator
 from ..files import sha256
 from ..models import IwinDiTTransformer2DModel
 from .batches import MicroBatches
+from .best import drop_evaluations_after, restore_best
 from .checkpoint import (
     CheckpointWriter,
     abandon_after,
     find_checkpoint,
     list_checkpoints,
+    standing_checkpoints,
 )
 from .config import Config
 from .data import open_data
 from .ema import EMA
+from .evaluation import open_evaluator
 from .log import MetricsLog
 from .ranks import main_first
 from .run import check_run, open_run
@@ -55,6 +59,7 @@ class Training:
         model: The state's model as Accelerate wrapped it.
         metrics: Where the numbers go.
         writer: Where the checkpoints go.
+        evaluator: Measures samples; None where evaluation is turned off.
     """
 
     config: Config
@@ -68,6 +73,7 @@ class Training:
     model: torch.nn.Module
     metrics: MetricsLog
     writer: CheckpointWriter
+    evaluator: Evaluator | None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,8 +113,10 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
             f"no held-out latents lie in this process's share of {config.data.shares}, data.holdout is "
             f"{config.data.holdout}: raise it, lower data.shares, or set log.validate_every to 0"
         )
+    evaluator = open_evaluator(config, accelerator)
     resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
-    coming = max(1, config.log.keep_last + 1 - len(list_checkpoints(run / "checkpoints")))
+    kept = config.log.keep_last + (evaluator is not None)  # the best one
+    coming = max(1, kept + 1 - len(list_checkpoints(run / "checkpoints")))
     bytes_needed = coming * CHECKPOINT_BYTES * model.num_parameters()
 
     def take_run_folder() -> None:
@@ -116,10 +124,6 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
             resources.enter_context(open_run(config, resolved, bytes_needed))
 
     main_first(accelerator, take_run_folder)
-    writer = CheckpointWriter(
-        run / "checkpoints", config.log.keep_last, config.log.keep_every, asynchronous=config.log.asynchronous
-    )
-    resources.callback(writer.join)  # before the lock goes
     logger.info("%s", describe(config, micro_batch))
     logger.info("data         %d latents to train on, %d held out", len(train_data), len(held_out))
     logger.info(
@@ -129,6 +133,8 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     )
 
     state, wrapped = open_state(config, accelerator, model, run)
+    writer = open_writer(config, accelerator, run, state.step)
+    resources.callback(writer.join)  # before the lock goes
     micro_batches = MicroBatches(
         *(train_data, config.train.seed, micro_batch, world, rank),
         shares=config.data.shares,
@@ -147,7 +153,28 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
         model=wrapped,
         metrics=MetricsLog(config, accelerator, run, state.step),
         writer=writer,
+        evaluator=evaluator,
     )
+
+
+def open_writer(config: Config, accelerator: Accelerator, run: Path, step: int) -> CheckpointWriter:
+    """Build what writes checkpoints, with the best one of the run's past, and forget evaluations of another future.
+
+    Args:
+        config: Says what is kept.
+        accelerator: The main process alone writes, and knows the best.
+        run: Run folder.
+        step: Step that the run goes on from.
+
+    Returns:
+        The writer.
+    """
+    root, best = run / "checkpoints", None
+    if accelerator.is_main_process:
+        drop_evaluations_after(run, step)
+        best = restore_best(run, standing_checkpoints(root, step))
+    log = config.log
+    return CheckpointWriter(root, log.keep_last, log.keep_every, asynchronous=log.asynchronous, best=best)
 
 
 def same_manifest(config: Config, accelerator: Accelerator) -> str:

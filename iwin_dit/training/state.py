@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..models import IwinDiTTransformer2DModel
+from ..pipelines.loading import CHECKPOINT_WEIGHTS  # load_pipeline reads them
 from .ema import EMA
 from .sharding import gather, read_tensors, scatter
 
 STATE = "state.json"
-TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+TENSORS = (CHECKPOINT_WEIGHTS["raw"], CHECKPOINT_WEIGHTS["ema"], "optimizer.safetensors")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 
@@ -123,3 +125,16 @@ class TrainState:
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copy a model's weights to the CPU, sharded or not; all processes must call it, rank 0 alone gets them."""
     return gather(model.state_dict())
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's weights whole on every process, on their device; all processes must call it.
+
+    Args:
+        model: Sharded or not.
+
+    Returns:
+        Tensors by name: copies of what is sharded, else the model's own.
+    """
+    tensors = model.state_dict()
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

@@ -1,0 +1,171 @@
+"""Metrics of the averaged weights while training goes on: what `evaluate_fid.py` measures, on fewer samples.
+
+Owns what is evaluated and where its record goes. Must not know the metrics, nor which checkpoint is the best (best.py).
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..data.codec import LatentCodec
+from ..evaluation import report
+from ..evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
+from ..evaluation.samples import SampledImages, Sampling
+from ..evaluation.suite import METRICS, reported_names
+from ..files import write_json
+from ..metrics.digits import IMAGE_SIZE
+from .best import EVALUATIONS, SCORE, Score
+from .checkpoint import checkpoint_name
+from .config import Config, EvalConfig
+from .pictures import build_pipeline, model_from
+from .ranks import main_first
+from .state import TrainState, whole_weights
+
+logger = logging.getLogger(__name__)
+
+# What changes neither an image nor what it is compared with: values compare whatever these are.
+NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights")
+
+
+def open_evaluator(config: Config, accelerator: Accelerator) -> Evaluator | None:
+    """Open and check what the metrics need: networks, their weights, the reference.
+
+    Args:
+        config: Says which.
+        accelerator: The processes, which all call this; the main one goes first, lest they download the same file.
+
+    Returns:
+        The evaluator; None where evaluation is turned off.
+
+    Raises:
+        ValueError: For every mistake of the user's; all processes raise it.
+        ImportError: If a metric needs a package that is not installed.
+    """
+    if not config.eval.every:
+        return None
+    if "frechet_digits" in config.eval.metric_names and config.data.resolution != IMAGE_SIZE:
+        raise ValueError(
+            f"frechet_digits is of images of {IMAGE_SIZE} pixels, and data.resolution is {config.data.resolution}: "
+            "give other --eval.metrics. Without evaluation: --eval.every 0"
+        )
+
+    def opened() -> Evaluator:
+        with _refusing():
+            return Evaluator(_request(config.eval), accelerator.device)
+
+    evaluator = main_first(accelerator, opened)
+    with _refusing():
+        evaluator.prepare(config.eval.num_samples)
+    return evaluator
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what is wrong with an evaluation, before training, into a mistake of the user's."""
+    try:
+        yield
+    except (ValueError, OSError, EvaluationError) as error:
+        raise ValueError(f"{error}. Without evaluation: --eval.every 0") from error
+
+
+def evaluate(
+    evaluator: Evaluator,
+    config: Config,
+    accelerator: Accelerator,
+    state: TrainState,
+    codec: LatentCodec,
+    class_names: tuple[str, ...],
+    stopping: Callable[[], bool],
+) -> Measurement | None:
+    """Sample from the averaged weights and measure; all processes call it, and share the samples out.
+
+    What goes wrong with it is logged: a metric is no reason to stop training.
+
+    Args:
+        evaluator: From `open_evaluator`.
+        config: Says how to sample.
+        accelerator: The processes.
+        state: Has the averaged weights. Under FSDP2 every process holds the whole of them for as long as this takes.
+        codec: Holds the VAE.
+        class_names: By label.
+        stopping: Asked between batches; true on any process ends the evaluation on all.
+
+    Returns:
+        The measurement, the same on every process; None if it failed or was ended.
+    """
+    settings = config.eval
+    model = model_from(config, whole_weights(state.ema.model))
+    about = {"path": config.run, "weights": "ema", "step": state.step}
+    sampling = Sampling(settings.num_inference_steps, settings.guidance_scale, seed=settings.seed)
+    try:
+        images = SampledImages(build_pipeline(config, model, codec, class_names), settings.num_samples, sampling, about)
+        return evaluator.measure(images, stopping=stopping, progress=False)
+    except Exception as error:
+        if accelerator.num_processes > 1 and not isinstance(error, EvaluationError):
+            raise  # of this process alone, perhaps: the others may be waiting for it
+        logger.warning("there is no evaluation of step %d", state.step, exc_info=True)
+        return None
+
+
+def _request(settings: EvalConfig) -> Request:
+    return Request(
+        metrics=settings.metric_names,
+        reference=settings.reference,
+        protocol=settings.protocol,
+        inception_weights=None if settings.inception_weights is None else Path(settings.inception_weights),
+        dinov2=settings.dinov2,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+
+
+def score(config: Config, step: int, measurement: Measurement) -> Score:
+    """Take from a measurement what decides which checkpoint is the best.
+
+    Args:
+        config: Names the first metric and the settings.
+        step: Of the weights.
+        measurement: From `evaluate`.
+
+    Returns:
+        The first value of the first metric.
+    """
+    metric = config.eval.metric_names[0]
+    name = reported_names(metric, measurement.n_fake)[0]
+    settings = {key: value for key, value in dataclasses.asdict(config.eval).items() if key not in NOT_COMPARED}
+    return Score(step, name, measurement.values[name]["value"], METRICS[metric].greater_is_better, settings)
+
+
+def write_record(config: Config, measurement: Measurement, score: Score) -> None:
+    """Log the values, and write everything that they depend on to evaluations/; where that fails, it is logged.
+
+    What a reader of the values must know besides is logged with the first of a run.
+
+    Args:
+        config: Names the run folder, and says how the samples were made.
+        measurement: From `evaluate`.
+        score: From `score`, which is kept with it.
+    """
+    path = Path(config.run) / EVALUATIONS / f"{checkpoint_name(score.step)}.json"
+    content = {"step": score.step, SCORE: dataclasses.asdict(score), **report.content(measurement)}
+    settings = f"guidance {config.eval.guidance_scale:g}, {config.eval.num_inference_steps} steps"
+    for line in report.lines(measurement, f"{settings}, averaged weights of step {score.step}", path):
+        logger.info("%s", line)
+    if not path.parent.exists():
+        for warning in report.warnings(measurement):
+            logger.warning("%s", warning)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error)
+
+
+def logged(measurement: Measurement) -> dict[str, float]:
+    """Numbers for the log: values by name with "eval_" in front, and the seconds that the evaluation took."""
+    values = {f"eval_{name}": float(entry["value"]) for name, entry in measurement.values.items()}
+    return {**values, "eval_seconds": measurement.seconds}
