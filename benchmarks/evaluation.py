@@ -114,40 +114,51 @@ def measure_passes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     return {"images_per_second": rates, "share_of_the_network": shares}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write it all as JSON if asked."""
-    parser = argparse.ArgumentParser(description="Time and memory of an evaluation.")
-    parser.add_argument("--device", default="cpu")
+def tables(record: dict[str, Any]) -> str:
+    """Format what was measured, for the terminal and for Markdown."""
+    passes, statistics = record["passes"], record["statistics"]
+    lines = ["| images from | images/s | the network's share of the time |", "|---|---:|---:|"]
+    for name, rates in passes["images_per_second"].items():
+        lines.append(f"| {name} | {rates[1]:.1f} | {passes['share_of_the_network'][name][1]:.1%} |")
+    peak = statistics["peak_bytes_above_start"]
+    memory = "not known here" if peak is None else f"{peak / 2**20:.0f} MiB"
+    lines += ["", f"| statistics of both sides, fid and sfid, {statistics['images']} images | {memory} |", "|---|---:|"]
+    lines.append(f"| Frechet distance of 2,048 features | {statistics['seconds_per_distance']:.1f} s |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    description = "Measure time and memory of an evaluation."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=description)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--images", type=positive, default=32, help="images per pass; some thousands on a GPU")
     parser.add_argument("--size", type=positive, default=256, help="pixels")
-    parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--batch-size", type=positive, default=16, help="images at a time; 50 and more on a GPU")
+    parser.add_argument("--repeats", type=positive, default=3, help="rounds, after a warm-up")
     parser.add_argument("--count", type=positive, default=50_000, help="images of the statistics")
-    parser.add_argument("--weights", type=Path, help="real Inception weights")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--weights", type=Path, help="the real Inception's; drawn from a seed otherwise")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = build_parser()
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
+    device = torch.device(arguments.device)
     record: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.evaluation", *(sys.argv[1:] if argv is None else argv)],
-        "machine": describe_machine(torch.device(arguments.device)),
+        "command": " ".join(["python -m benchmarks.evaluation", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": describe_machine(device),
+        "statistics": measure_statistics(arguments.count, 50, device),
     }
-    record["statistics"] = measure_statistics(arguments.count, 50, torch.device(arguments.device))
     with tempfile.TemporaryDirectory() as folder:
         record["passes"] = measure_passes(arguments, Path(folder))
-    print_tables(record)
-    if arguments.out:
+    print(tables(record))
+    if arguments.out is not None:
         write_json(arguments.out, record)
-
-
-def print_tables(record: dict[str, Any]) -> None:
-    """Print what was measured, as Markdown."""
-    passes, statistics = record["passes"], record["statistics"]
-    print("| images from | images/s | network's share of the time |\n|---|---:|---:|")
-    for name, rates in passes["images_per_second"].items():
-        print(f"| {name} | {rates[1]:.1f} | {passes['share_of_the_network'][name][1]:.1%} |")
-    peak = statistics["peak_bytes_above_start"]
-    print(f"\nstatistics of both sides, fid and sfid, {statistics['images']} images: ", end="")
-    print("not known here" if peak is None else f"{peak / 2**20:.0f} MiB above the start")
-    print(f"Frechet distance at d = 2048: {statistics['seconds_per_distance']:.2f} s")
 
 
 if __name__ == "__main__":

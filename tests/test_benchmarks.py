@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block, data
+from benchmarks import block, data, evaluation, protocols, published
 from benchmarks.measure import peak_memory, quartiles, time_interleaved
 
 CPU = torch.device("cpu")
@@ -154,6 +154,48 @@ def test_data_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main(["--items", "0"])
     assert "--items: expected a positive integer, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluation_command(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    sizes = ["--images", "4", "--size", "64", "--batch-size", "2", "--repeats", "1", "--count", "100"]
+    evaluation.main([*sizes, "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert set(record["passes"]["images_per_second"]) == {"network", "memory", "png", "npz"}
+    assert record["passes"]["share_of_the_network"]["network"] == [1, 1, 1]
+    assert record["statistics"]["seconds_per_distance"] > 0
+    assert capsys.readouterr().out.strip() == evaluation.tables(record)
+
+
+def test_crops_are_seeded_and_of_the_photo():
+    images = protocols.crops("china.jpg", 2, seed=0)
+    assert images.shape == (2, 3, 256, 256)
+    assert torch.equal(images, protocols.crops("china.jpg", 2, seed=0))
+    assert not torch.equal(images, protocols.crops("china.jpg", 2, seed=1))
+    assert 0 <= images.min() < 50 < 200 < images.max() <= 255
+    assert (images != images.round()).any()  # as a decoder gives them: rounding is one of the variants
+
+
+def test_jpeg_changes_an_image_a_little():
+    images = protocols.crops("flower.jpg", 1, seed=0).round().to(torch.uint8)
+    errors = [(protocols.through_jpeg(images, q).float() - images).abs().mean().item() for q in (95, 75)]
+    assert 0 < errors[0] < errors[1] < 10
+
+
+def test_protocols_table():
+    rows = protocols.rows_of({"adm": 2.0, "other": 1.5})
+    assert [row["difference_percent"] for row in rows] == [0, -25]
+    assert "| other | 1.5000 | -25.00 % |" in protocols.table(rows)
+    with pytest.raises(SystemExit):
+        protocols.main(["--images", "7"])
+
+
+def test_published_numbers_are_met_or_not():
+    ours = {name: {"value": value} for name, (value, _) in published.PUBLISHED.items()}
+    assert all(near for *_, near in published.compare(ours))
+    ours["fid"]["value"] += 0.1
+    assert [name for name, *_, near in published.compare(ours) if not near] == ["fid"]
 
 
 def test_the_page_shows_the_stored_run():

@@ -87,6 +87,17 @@ def no_pauses(monkeypatch):
 # --- the state
 
 
+def test_writing_in_the_background_leaves_the_threads_of_training_alone(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(new_state().snapshot())
+    writer.join()
+    assert writer._executor.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_round_trip_is_exact_and_training_goes_on_alike(fused, tmp_path):
     state = new_state(fused)

@@ -138,7 +138,8 @@ def _read_ahead(images: ImageSet, batches: Sequence[list[int]], device: torch.de
         batch = images.read(indices)
         return batch.pin_memory() if pinned and batch.device.type == "cpu" else batch
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    # With one torch thread: a second team of OpenMP threads would slow all that this process does later.
+    pool = ThreadPoolExecutor(1, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Tensor]] = deque()
     try:
         for indices in [*batches, *[None] * AHEAD]:
