@@ -12,31 +12,41 @@ on when the same command is given again.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 # What needs torch is imported in the functions, so that --help answers at once.
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from iwin_dit.data.sources import ImageSource
-    from iwin_dit.evaluation.evaluator import Evaluator
-    from iwin_dit.evaluation.samples import Sampling
+    from iwin_dit.evaluation.evaluator import Evaluator, Measurement
+    from iwin_dit.evaluation.samples import SampledImages, Sampling
+    from iwin_dit.evaluation.saving import KeptSamples, StoredSamples
     from iwin_dit.evaluation.sweep import Opened
-    from iwin_dit.metrics.images import ImageSet
+    from iwin_dit.evaluation.videos import VideoFiles
+    from iwin_dit.metrics.images import ImageArray, ImageFiles, ImageZip
     from iwin_dit.metrics.network import FeatureNetwork
+
+    Pictures = SampledImages | KeptSamples | StoredSamples
 
 Result = TypeVar("Result")
 
 COMMANDS = ("evaluate", "reference", "sweep")
 PROTOCOLS = ("adm", "pytorch-fid", "clean")
 DEFAULT_SAMPLES, DIGITS_SAMPLES = 50_000, 500
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 3  # the pipeline's, for --help, which has no time to import it
+DEFAULT_CLASSES = 1000
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
 SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
 
@@ -81,8 +91,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, help="of each clip; default 16")
     parser.add_argument("--stride", type=int, help="frames of a video from one of the clip to the next; default 1")
     parser.add_argument("--num-samples", type=int, help="default 50000, for the digits 500; of files: all")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's own")
-    parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's own")
+    parser.add_argument("--steps", type=int, help=f"sampling steps; default {DEFAULT_STEPS}")
+    parser.add_argument("--guidance", type=float, help=f"guidance scale, 1: none; default {DEFAULT_GUIDANCE}")
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
     )
@@ -91,8 +101,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--save-images", type=Path, metavar="DIR", help="keep the samples as PNG, and reuse those there")
-    kept.add_argument("--save-npz", type=Path, metavar="FILE", help="keep the samples as ADM's evaluator reads them")
-    parser.add_argument("--out", type=Path, help="result file; default <run folder>/fid.json, else ./fid.json")
+    kept.add_argument("--save-npz", type=Path, metavar="FILE", help="the same in one .npz, as ADM's evaluator reads it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="result file; default <run folder>/fid.json, else ./fid.json. Another result there is moved to fid.1.json",
+    )
 
 
 def _add_reference(parser: argparse.ArgumentParser) -> None:
@@ -109,17 +123,25 @@ def _add_reference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="read a Hugging Face data set as it comes")
     parser.add_argument("--image-key", help="image column of a Hugging Face data set, or extension in tars")
     parser.add_argument("--label-key", help="label column of a Hugging Face data set, or extension in tars")
-    parser.add_argument("--num-classes", type=int, default=1000, help="of tars and Hugging Face; default 1000")
+    parser.add_argument("--num-classes", type=int, help=f"of tars and Hugging Face; default {DEFAULT_CLASSES}")
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="models, checkpoint folders among them")
     _add_measuring(parser)
     parser.add_argument("--num-samples", type=int, help="of each point; default 50000, for the digits 500")
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="sampling steps")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[], help="guidance scales")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument(
-        "--guidance-interval", type=_interval, nargs="+", default=[], metavar="LOW,HIGH", help="where to guide"
+        "--guidance", type=float, nargs="+", default=[], help=f"guidance scales, 1: none; default {DEFAULT_GUIDANCE}"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("LOW", "HIGH"),
+        help="noise levels between which to guide; may be given several times",
     )
     parser.add_argument("--guidance-channels", type=int, nargs="+", default=[], help="numbers of channels to guide")
     parser.add_argument("--scheduler", nargs="+", default=[], help="such as UniPCMultistep or DDIM")
@@ -135,7 +157,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
-        type=lambda text: tuple(text.split(",")),
+        type=lambda text: tuple(part.strip() for part in text.split(",")),
         help="of fid,sfid,is,kid,pr,fd_dinov2,frechet_digits,fvd; default by what is compared",
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="resize and normalisation for Inception; default adm")
@@ -146,13 +168,8 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", choices=("balanced", "random"), help="classes: i mod their number (default), drawn")
-    parser.add_argument("--seed", type=int, help="image i is drawn with seed + i; default 0")
+    parser.add_argument("--seed", type=int, help="image i is drawn with seed * 2^20 + i; default 0, below 4096")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint folder; default ema")
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, high = (float(part) for part in text.split(","))
-    return low, high
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:
@@ -164,6 +181,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
     if args.metrics is None and source == "--videos":
         args.metrics = ("fvd",)
     _check_measuring(args)
+    _check_guidance(args, [] if args.guidance is None else [args.guidance])
     if ("fvd" in args.metrics) != (source == "--videos"):
         raise ValueError(f"fvd and no other metric compares --videos, got {','.join(args.metrics)} for {source}")
     args.frames = 16 if args.frames is None else args.frames
@@ -188,13 +206,25 @@ def _check_reference(args: argparse.Namespace) -> None:
         raise ValueError(f"no reference file is made for {', '.join(sorted(unusual))}")
     if args.out.suffix != ".npz" or args.resolution < 1 or args.keep_images < 0:
         raise ValueError("expected --out to be named .npz, a positive --resolution and --keep-images of at least 0")
+    if args.source == "digits" or Path(args.source).is_dir():
+        _refuse(args, ("num_classes",), f"--source {args.source}: it is for tars and Hugging Face")
+    args.num_classes = DEFAULT_CLASSES if args.num_classes is None else args.num_classes
     _check_place("--out", args.out)
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
     _check_measuring(args)
+    _check_guidance(args, args.guidance)
+    args.guidance_interval = [tuple(interval) for interval in args.guidance_interval]
     if "fvd" in args.metrics:
         raise ValueError("fvd compares videos, and models give images")
+
+
+def _check_guidance(args: argparse.Namespace, scales: Sequence[float]) -> None:
+    """Refuse what says how to guide where nothing is guided."""
+    if scales and max(scales) == 1 and (args.guidance_interval or args.guidance_channels):
+        given = "--guidance-interval" if args.guidance_interval else "--guidance-channels"
+        raise ValueError(f"{given} has no meaning with --guidance 1, which turns guidance off")
 
 
 def _check_measuring(args: argparse.Namespace) -> None:
@@ -205,6 +235,7 @@ def _check_measuring(args: argparse.Namespace) -> None:
         args.metrics = ("frechet_digits",) if args.reference in (None, "digits") else ("fid",)
     _check_networks(args)
     needing = [name for name in args.metrics if needs_reference(name)]
+    args.reference_given = args.reference is not None
     if args.reference is not None and not needing:
         raise ValueError(f"--reference has no meaning with --metrics {','.join(args.metrics)}")
     if args.reference is None and needing:
@@ -238,8 +269,16 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], wording: str) -> Non
 
 
 def _check_place(flag: str, path: Path | None) -> None:
-    if path is not None and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"{flag} {path}: its folder does not exist or cannot be written")
+    """Write something there, since no permission tells whether that can be done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"expected {flag} to be a file, got {path}, which is a folder")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".probe-") as probe:
+            probe.write(b"\0" * 2**12)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: its folder does not exist or cannot be written: {error}") from error
 
 
 def start() -> "Accelerator":
@@ -259,7 +298,7 @@ def start() -> "Accelerator":
 
 
 def opened(accelerator: "Accelerator", action: "Callable[[], Result]") -> "Result":
-    """Open something on the main process first, whose mistakes then end all processes.
+    """Do something on the main process first; an error of any process ends all of them.
 
     Args:
         accelerator: The processes.
@@ -269,18 +308,29 @@ def opened(accelerator: "Accelerator", action: "Callable[[], Result]") -> "Resul
         What it gave.
 
     Raises:
-        ValueError: The action's, or that a file is missing or cannot be read or written.
-        ImportError: The action's.
+        ValueError: The main process's, or that a file is missing there or cannot be read or written.
+        ImportError: The main process's.
+        EvaluationError: Another process failed; the text names its rank.
     """
+    from iwin_dit.evaluation.passes import settle
     from iwin_dit.training.ranks import main_first
 
-    def guarded() -> "Result":
+    failures: list[Exception] = []
+
+    def guarded() -> "Result | None":
         try:
             return action()
-        except OSError as error:  # which main_first does not tell the others
-            raise ValueError(str(error)) from error
+        except Exception as error:
+            if accelerator.is_main_process and isinstance(error, ValueError | ImportError):
+                raise
+            if accelerator.is_main_process and isinstance(error, OSError):  # which main_first does not tell the others
+                raise ValueError(str(error)) from error
+            failures.append(error)
+            return None
 
-    return main_first(accelerator, guarded)
+    result = main_first(accelerator, guarded)
+    settle(failures[0] if failures else None)
+    return cast("Result", result)
 
 
 def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Evaluator":
@@ -311,10 +361,26 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     weights: Weights = args.weights or "ema"
     if precision not in dtypes:
         raise ValueError(f"expected a mixed precision of {list(dtypes)} to sample with, got {precision!r}")
-    return load_pipeline(model, accelerator.device, dtypes[precision], weights), identify(model, weights)
+    about = identify(model, weights)
+    if args.weights is not None and about["weights"] == "as stored":
+        raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
+    pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
+    _check_size(args, [side * pipe.stride for side in pipe.transformer.latent_size])
+    return pipe, about
 
 
-def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "ImageSet":
+def _check_size(args: argparse.Namespace, size: Sequence[int]) -> None:
+    """Refuse images that the digits classifier does not take, before it is trained."""
+    from iwin_dit.metrics.digits import IMAGE_SIZE
+
+    if "frechet_digits" in args.metrics and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
+        missing = "" if args.reference_given else ": --reference is missing, without which images are taken for digits"
+        raise ValueError(
+            f"frechet_digits takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}"
+        )
+
+
+def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictures | VideoFiles":
     """Open what is to be measured: files, or samples that are drawn when they are read.
 
     Args:
@@ -328,7 +394,7 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "ImageS
         ValueError: If there are more or fewer files than --num-samples says.
     """
     from iwin_dit.evaluation.samples import SampledImages
-    from iwin_dit.evaluation.saving import SavedArray, SavedImages
+    from iwin_dit.evaluation.saving import SavedArray, SavedImages, StoredSamples, find_settings
     from iwin_dit.evaluation.videos import VideoFiles
     from iwin_dit.metrics import images
 
@@ -338,13 +404,16 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "ImageS
         if args.save_images is not None:
             return SavedImages(samples, args.save_images)
         return samples if args.save_npz is None else SavedArray(samples, args.save_npz)
-    files: ImageSet
+    files: StoredSamples | VideoFiles
     if args.images is not None:
-        files = images.open_images(args.images, allow_jpeg=False)
+        found = cast("ImageFiles | ImageZip | ImageArray", images.open_images(args.images, allow_lossy=False))
+        files = StoredSamples(found, find_settings(args.images))
+        _check_size(args, files.image_size)
     else:
         files = VideoFiles(args.videos, args.frames, args.stride)
     if args.num_samples not in (None, len(files)):
-        raise ValueError(f"expected {args.num_samples} in {files.name}, as --num-samples says, got {len(files)}")
+        place = args.images or args.videos
+        raise ValueError(f"expected {args.num_samples} in {place}, as --num-samples says, got {len(files)}")
     return files
 
 
@@ -365,35 +434,80 @@ def common_sampling(args: argparse.Namespace) -> "Sampling":
     return replace(common, **given, guidance_interval=interval, scheduler=args.scheduler)
 
 
+@contextlib.contextmanager
+def used_alone(accelerator: "Accelerator", folders: Sequence[Path]) -> "Iterator[None]":
+    """Refuse to start where another evaluation is writing; the main process keeps the locks of `saving.used_alone`."""
+    from iwin_dit.evaluation import saving
+
+    with contextlib.ExitStack() as stack:
+        mine = folders if accelerator.is_main_process else ()
+        opened(accelerator, lambda: stack.enter_context(saving.used_alone(mine)))
+        yield
+
+
 def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Measure a model or files: a JSON, and a line per metric."""
     from iwin_dit.evaluation import report
     from iwin_dit.evaluation.partial import Partial
-    from iwin_dit.evaluation.saving import KeptSamples, statistics_request
+    from iwin_dit.evaluation.saving import KeptSamples, SavedArray
+    from iwin_dit.evaluation.videos import VideoFiles
     from iwin_dit.training.stop import StopRequest
 
-    # 1. Open everything, so that what is missing or broken is refused before the long work.
-    evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
-    images = opened(accelerator, lambda: open_images(args, accelerator))
-    request = statistics_request(evaluator, images)
-    partial = opened(accelerator, lambda: Partial(args.out.with_name(f"{args.out.name}.partial"), request))
+    started = time.monotonic()
+    folder = args.out.with_name(f"{args.out.name}.partial")
+    folders = [folder] if args.save_npz is None else [folder, SavedArray.folder_of(args.save_npz)]
+    with used_alone(accelerator, folders):
+        # 1. Open everything, so that what is missing or broken is refused before the long work. The images first:
+        # their size may save the training of a classifier.
+        images = opened(accelerator, lambda: open_images(args, accelerator))
+        evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
+        early = [] if isinstance(images, VideoFiles) else early_warnings(args, evaluator, images)
+        warn(accelerator, early)
+        request = evaluator.request_for(images)
+        partial = opened(accelerator, lambda: Partial(folder, request))
 
-    # 2. Sample or read, each process its share; what was kept or measured before is not sampled again.
-    with StopRequest() as stop:
-        measurement = evaluator.measure(images, partial=partial, stopping=lambda: stop.requested)
-    if measurement is None:
-        raise SystemExit(stop.exit_code or 1)  # the same command goes on
-    if isinstance(images, KeptSamples):
-        images.finish(args.batch_size)
+        # 2. Sample or read, each process its share; what was kept or measured before is not sampled again.
+        with StopRequest() as stop:
+            measurement = evaluator.measure(images, partial=partial, stopping=lambda: stop.requested)
+        if measurement is None:
+            raise SystemExit(stop.exit_code or 1)  # the same command goes on
+        if isinstance(images, KeptSamples):
+            images.finish(args.batch_size)
 
-    # 3. Report, from one process.
+        # 3. Report, from one process; the numbers first, for a disk may be full.
+        warn(accelerator, [warning for warning in report.warnings(measurement) if warning not in early])
+        if accelerator.is_main_process:
+            print("\n".join(report.lines(measurement, images.name, args.out)), flush=True)
+        seconds = time.monotonic() - started
+        opened(accelerator, lambda: write_report(accelerator, measurement, args.out, request, seconds))
+        if accelerator.is_main_process:
+            partial.remove()
+
+
+def write_report(
+    accelerator: "Accelerator", measurement: "Measurement", out: Path, request: dict[str, Any], seconds: float
+) -> None:
+    """Write the JSON of an evaluation, from one process, and say what became of another result there."""
+    from iwin_dit.evaluation import report
+
     if accelerator.is_main_process:
-        report.write_report(measurement, args.out)
-        for warning in report.warnings(measurement):
-            print(f"warning: {warning}", file=sys.stderr)
-        for line in report.lines(measurement, images.name, args.out):
-            print(line)
-        partial.remove()
+        aside = report.write_report(measurement, out, request, wall_seconds=seconds)
+        if aside is not None:
+            print(f"{out} had another result, which is {aside} now", file=sys.stderr)
+
+
+def early_warnings(args: argparse.Namespace, evaluator: "Evaluator", images: "Pictures") -> list[str]:
+    """What is wrong with the comparison, as far as it is known before the work."""
+    from iwin_dit.evaluation import report
+
+    about = {"path": args.reference, **evaluator.about_reference()}
+    return report.early_warnings(about, images.image_size, args.protocol)
+
+
+def warn(accelerator: "Accelerator", warnings: Sequence[str]) -> None:
+    """Say warnings, from one process."""
+    for warning in warnings if accelerator.is_main_process else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def reference(args: argparse.Namespace, accelerator: "Accelerator") -> None:
@@ -419,20 +533,24 @@ def reference(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
 
 def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
-    """Measure every combination of models and settings: a JSON each, a table and a plot."""
+    """Measure every combination of models and settings: a JSON each, a table and a plot of those so far."""
     from iwin_dit.charts import require_matplotlib
     from iwin_dit.evaluation.sweep import grid, measure_grid, write_sweep
     from iwin_dit.training.stop import StopRequest
 
-    def prepare() -> "Evaluator":
+    def prepare() -> None:
         require_matplotlib()
         args.out.mkdir(parents=True, exist_ok=True)
-        return open_evaluator(args, accelerator)
+        _check_place("--out", args.out / "sweep.md")
 
-    evaluator = opened(accelerator, prepare)
-    varying = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler")
-    points = grid(args.model, common_sampling(args), {name: getattr(args, name) for name in varying})
-    with StopRequest() as stop:
+    opened(accelerator, prepare)
+    with used_alone(accelerator, [args.out / "sweep"]), StopRequest() as stop:
+        if "frechet_digits" in args.metrics:  # whose classifier is trained when the evaluator is opened
+            for model in args.model:
+                opened(accelerator, partial(open_pipeline, model, args, accelerator))
+        evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
+        varying = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler")
+        points = grid(args.model, common_sampling(args), {name: getattr(args, name) for name in varying})
         results = measure_grid(
             points,
             lambda model: opened(accelerator, lambda: open_pipeline(model, args, accelerator)),
@@ -441,10 +559,10 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
             args.out,
             stopping=lambda: stop.requested,
         )
-    if results is None:
-        raise SystemExit(stop.exit_code or 1)
-    if accelerator.is_main_process:
-        print(f"{write_sweep(results, args.out)}\n[{args.out}]")
+        if results is None:
+            raise SystemExit(stop.exit_code or 1)
+        if accelerator.is_main_process:
+            print(f"{write_sweep(results, args.out)}\n[{args.out}]")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -20,10 +19,10 @@ from iwin_dit.training.batches import Batch
 from iwin_dit.training.best import Score
 from iwin_dit.training.checkpoint import CheckpointError
 from iwin_dit.training.config import parse_config
-from iwin_dit.training.evaluation import evaluate, logged, score, write_record
+from iwin_dit.training.evaluation import evaluate, evaluation_is_missing, logged, score, write_record
 from iwin_dit.training.log import Meter
 from iwin_dit.training.pictures import build_pipeline, export, exported_step, model_from, preview
-from iwin_dit.training.ranks import DivergedError, named_rank
+from iwin_dit.training.ranks import DivergedError, largest, named_rank
 from iwin_dit.training.runtime import make_accelerator
 from iwin_dit.training.setup import Training, logger, open_training
 from iwin_dit.training.state import Snapshot, gather_weights
@@ -83,6 +82,15 @@ def train(training: Training) -> int:
             """Exit status with which some process was asked to stop, 0 if none was; all of them ask together."""
             return int(*largest(accelerator, stop.exit_code if stop.requested else 0))
 
+        # The evaluation that a stop ended, of the step that the run goes on from
+        missing = accelerator.is_main_process and evaluation_is_missing(config, state.step)
+        if largest(accelerator, missing) == [1]:
+            with meter.paused():
+                best = write_evaluation(training, lambda: stop.requested)
+                stopping = asked_to_stop()
+                if best is not None:
+                    save(training, with_pipeline=not stopping, best=best)
+
         loader = open_loader(training)
         while state.step < steps and not stopping:
             # 1. One optimizer step on the global batch
@@ -99,13 +107,7 @@ def train(training: Training) -> int:
                 report_skipped(training, result, skipped_in_a_row)
 
             # 2. What is due; a request to stop leaves time for the checkpoint alone
-            intervals = (
-                log.every,
-                log.validate_every,
-                log.preview_every,
-                config.eval.every,
-                log.checkpoint_every or steps,
-            )
+            intervals = (log.every, log.validate_every, log.preview_every, config.eval.every, log.checkpoint_every)
             logs, validates, previews, evaluates, checkpoints = (
                 every > 0 and (state.step % every == 0 or state.step == steps) for every in intervals
             )
@@ -127,7 +129,7 @@ def train(training: Training) -> int:
                 if evaluates and not stopping:
                     best = write_evaluation(training, lambda: stop.requested)
                     stopping = asked_to_stop()
-                owed = owed or checkpoints
+                owed = owed or checkpoints or state.step == steps
                 # A run that diverges must not push out its good checkpoints.
                 if ((owed or best is not None) and result.finite) or stopping:
                     save(training, with_pipeline=not stopping, best=best)
@@ -175,12 +177,6 @@ def optimizer_step(training: Training, loader: Iterator[Batch]) -> StepResult:
         accelerator.scaler.update()
     state.optimizer.zero_grad()
     return StepResult(sums, grad_norm.item(), finite, scale)
-
-
-def largest(accelerator: Accelerator, *values: torch.Tensor | float) -> list[float]:
-    """The largest of each value over all processes, which call this together; on one process the values themselves."""
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values])
-    return accelerator.reduce(stacked, "max").tolist()
 
 
 def batch_losses(training: Training, denoiser: Denoiser, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@
 
 The Inception is the real one with random weights, unless --weights is given: speed does not depend on their values.
 `network` is the bare forward pass of images that lie on the device, resized there; the others are whole passes:
-reading, transfer, resize, network and statistics.
+reading, transfer, resize, network and statistics. The memory is that of a whole evaluation beside its network, which
+random features stand in for.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import functools
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,8 @@ from PIL import Image
 from benchmarks.block import positive
 from benchmarks.measure import Step, describe_machine, quartiles, time_interleaved
 from benchmarks.seeded_inception import write_seeded_weights
+from iwin_dit.evaluation.evaluator import Evaluator, Request
+from iwin_dit.evaluation.partial import Partial
 from iwin_dit.evaluation.passes import run_pass
 from iwin_dit.evaluation.suite import Side
 from iwin_dit.files import sha256, write_json
@@ -31,8 +36,61 @@ from iwin_dit.metrics.frechet import frechet_distance
 from iwin_dit.metrics.images import ImageSet, ImageTensor, open_images
 from iwin_dit.metrics.inception import WEIGHTS_SHA256_PREFIX, InceptionFeatures
 from iwin_dit.metrics.moments import Moments
+from iwin_dit.metrics.network import FeatureNetwork
 
-METRICS, WIDTHS = ("fid", "sfid"), {"fid": 2048, "sfid": 2023}
+METRICS, WIDTHS = ("fid", "sfid"), {"pool": 2048, "spatial": 2023}
+SAMPLED_EVERY = 0.005  # seconds, of memory
+SAVED_EVERY = 10.0  # seconds, of the statistics so far
+
+
+class RandomFeatures(FeatureNetwork):
+    """Random numbers in place of the Inception's features, whatever the images.
+
+    Args:
+        device: Where to draw them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.widths = dict(WIDTHS)
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Draw the features of a batch."""
+        draw = functools.partial(torch.rand, generator=self._generator, device=self._generator.device)
+        return {name: draw(len(images), width) for name, width in self.widths.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"name": "random features"}
+
+
+class PeakMemory:
+    """Watches this process's anonymous memory from a thread while in a `with` block.
+
+    Attributes:
+        bytes: The highest found above that at the beginning; None where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._before = anonymous_memory()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._before is not None:
+            self.bytes = max(self.bytes or 0, (anonymous_memory() or 0) - self._before)
+            if self._stop.wait(SAMPLED_EVERY):
+                break
 
 
 def smooth_images(count: int, size: int) -> torch.Tensor:
@@ -51,8 +109,8 @@ def write_sets(images: torch.Tensor, folder: Path) -> dict[str, ImageSet]:
     np.savez(folder / "images.npz", arrays)
     return {
         "memory": ImageTensor(images, "memory"),
-        "png": open_images(folder / "png", allow_jpeg=False),
-        "npz": open_images(folder / "images.npz", allow_jpeg=False),
+        "png": open_images(folder / "png", allow_lossy=False),
+        "npz": open_images(folder / "images.npz", allow_lossy=False),
     }
 
 
@@ -63,26 +121,48 @@ def anonymous_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def measure_statistics(count: int, batch: int, device: torch.device) -> dict[str, Any]:
-    """Memory of the statistics of both sides of FID and sFID over `count` images, and the time of their distances."""
+def write_tiny(path: Path, count: int) -> Path:
+    """Random images of 4 x 4 pixels as an .npz: there are as many as are asked for, and they take no memory."""
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8))
+    return path
+
+
+def measure_memory(count: int, batch: int, device: torch.device, folder: Path) -> int | None:
+    """Highest memory of a whole evaluation by FID and sFID beside its network: `count` images against as many.
+
+    The reference comes as images, which takes more than a file of statistics, and the statistics so far are saved on
+    the way.
+    """
+    real, fake = (write_tiny(folder / f"{name}-{count}.npz", count) for name in ("real", "fake"))
+    networks = {"inception": RandomFeatures(device)}
+    evaluator = Evaluator(Request(METRICS, str(real), batch_size=batch), device, networks=networks)
+    images = open_images(fake, allow_lossy=False)
+    with PeakMemory() as peak:
+        partial = Partial(folder / f"partial-{count}", evaluator.request_for(images), save_every=SAVED_EVERY)
+        evaluator.measure(images, partial=partial, progress=False)
+    return peak.bytes
+
+
+def time_distance(device: torch.device) -> float:
+    """Seconds of a Frechet distance of 2,048 features alone."""
     generator = torch.Generator(device).manual_seed(0)
-    features = {width: torch.rand(batch, width, generator=generator, device=device) for width in WIDTHS.values()}
-    before, highest = anonymous_memory(), 0
-    sides = [{name: Moments(width, device) for name, width in WIDTHS.items()} for _ in range(2)]
-    for start in range(0, count, batch):
-        for side in sides:
-            for name, width in WIDTHS.items():
-                noise = torch.rand(batch, 1, generator=generator, device=device)
-                side[name].update(features[width].roll(start, dims=1) * noise)
-        highest = max(highest, anonymous_memory() or 0)
-    gaussians = {name: [side[name].gaussian() for side in sides] for name in WIDTHS}
+    gaussians = []
+    for _ in range(2):
+        moments = Moments(WIDTHS["pool"], device)
+        moments.update(torch.rand(2 * WIDTHS["pool"], WIDTHS["pool"], generator=generator, device=device))
+        gaussians.append(moments.gaussian())
     started = time.perf_counter()
-    for name in WIDTHS:
-        frechet_distance(*gaussians[name])
+    frechet_distance(*gaussians)
+    return time.perf_counter() - started
+
+
+def measure_statistics(count: int, batch: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Time of a distance, then memory of an evaluation: libraries keep for good what their first call takes."""
+    seconds = time_distance(device)
     return {
         "images": count,
-        "peak_bytes_above_start": None if before is None else highest - before,
-        "seconds_per_distance": (time.perf_counter() - started) / len(WIDTHS),
+        "peak_bytes_above_start": measure_memory(count, batch, device, folder),
+        "seconds_per_distance": seconds,
     }
 
 
@@ -122,7 +202,8 @@ def tables(record: dict[str, Any]) -> str:
         lines.append(f"| {name} | {rates[1]:.1f} | {passes['share_of_the_network'][name][1]:.1%} |")
     peak = statistics["peak_bytes_above_start"]
     memory = "not known here" if peak is None else f"{peak / 2**20:.0f} MiB"
-    lines += ["", f"| statistics of both sides, fid and sfid, {statistics['images']} images | {memory} |", "|---|---:|"]
+    title = f"memory beside the network, fid and sfid, {statistics['images']} images a side"
+    lines += ["", f"| {title} | {memory} |", "|---|---:|"]
     lines.append(f"| Frechet distance of 2,048 features | {statistics['seconds_per_distance']:.1f} s |")
     return "\n".join(lines)
 
@@ -152,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.evaluation", *(sys.argv[1:] if argv is None else argv)]),
         "machine": describe_machine(device),
-        "statistics": measure_statistics(arguments.count, 50, device),
     }
     with tempfile.TemporaryDirectory() as folder:
+        record["statistics"] = measure_statistics(arguments.count, 50, device, Path(folder))
         record["passes"] = measure_passes(arguments, Path(folder))
     print(tables(record))
     if arguments.out is not None:

@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         reference=str(arguments.reference),
         inception_weights=arguments.inception_weights,
     )
+    samples = open_images(arguments.samples, allow_lossy=False)
+    if len(samples) != 50_000:  # a download that was cut, or another file
+        raise ValueError(f"expected 50,000 images in {arguments.samples}, got {len(samples)}")
     evaluator = Evaluator(request, arguments.device)
-    samples = open_images(arguments.samples, allow_jpeg=False)
     evaluator.prepare(len(samples))
     measurement = evaluator.measure(samples)
     assert measurement is not None  # nothing asks it to stop

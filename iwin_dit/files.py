@@ -1,10 +1,10 @@
-"""Files that outlive a crash: written whole or not at all, replaced in one move, told apart by their sha256."""
+"""Files: lists of them, their sha256, and writing that outlives a crash: whole or not at all, replaced in one move."""
 
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +63,31 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_durably(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def list_files(folder: Path) -> Iterator[str]:
+    """Paths of the files below a folder, but for hidden ones and those in hidden folders, in no order.
+
+    Args:
+        folder: Searched with its subfolders. Links are followed, but for those that lead back to a folder above them.
+
+    Yields:
+        The paths, which begin with that of `folder`.
+    """
+    yield from _walk(str(folder), frozenset())
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """`list_files` of a folder that was reached through the folders of these devices and inodes."""
+    status = Path(folder).stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {here})
+            else:
+                yield entry.path

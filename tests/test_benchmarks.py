@@ -165,7 +165,20 @@ def test_evaluation_command(tmp_path, capsys):
     assert set(record["passes"]["images_per_second"]) == {"network", "memory", "png", "npz"}
     assert record["passes"]["share_of_the_network"]["network"] == [1, 1, 1]
     assert record["statistics"]["seconds_per_distance"] > 0
+    peak = record["statistics"]["peak_bytes_above_start"]
+    assert peak is None or 4 * 2023**2 * 8 < peak < 300e6  # of so few images as of 50,000
     assert capsys.readouterr().out.strip() == evaluation.tables(record)
+
+
+def test_the_peak_of_memory_is_found_though_it_has_gone():
+    if evaluation.anonymous_memory() is None:
+        pytest.skip("the system does not tell")
+    with evaluation.PeakMemory() as peak:
+        for _ in range(20):
+            held = torch.ones(2**23, dtype=torch.float64)  # 64 MiB
+            del held
+    assert peak.bytes is not None
+    assert 2**25 < peak.bytes < 2**27
 
 
 def test_crops_are_seeded_and_of_the_photo():

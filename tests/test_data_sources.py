@@ -81,6 +81,24 @@ def test_files_that_are_not_named_as_images_are_counted(folder: Path, caplog: py
     assert warning.endswith(f"{folder}/ant/1.gif, {folder}/ant/2.tif, {folder}/ant/3.avif, ...")
 
 
+def test_hidden_folders_are_left_alone_and_links_are_followed(folder: Path, tmp_path: Path) -> None:
+    before = [sample.key for part in range(2) for sample in open_like_a_config(folder).samples(part)]
+    elsewhere = tmp_path / "elsewhere"
+    for hidden in (".cache", "ant/.thumbnails", "zebra/deeper/.ipynb_checkpoints"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "1.png").touch()
+    (folder / "ant" / ".thumbnails" / "notes.txt").touch()
+    source = ImageFolder(folder, 8)
+    assert source.class_names == ("ant", "bee", "zebra")
+    assert [sample.key for sample in source.samples(0)] == before
+    assert source.num_ignored == 0
+    (folder / "zebra" / "deeper").rename(elsewhere)
+    (folder / "zebra" / "deeper").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder / "zebra", target_is_directory=True)
+    (folder / "bee" / "self").symlink_to(folder / "bee", target_is_directory=True)
+    assert [sample.key for sample in ImageFolder(folder, 8).samples(0)] == before
+
+
 def test_a_changed_folder_is_another_source(folder: Path) -> None:
     before = ImageFolder(folder, 8).fingerprint
     moved = folder.rename(folder.with_name("moved"))

@@ -1,9 +1,12 @@
 """evaluate_fid.py from its command line: what it refuses, prints and writes, and that processes don't matter."""
 
 import hashlib
+import inspect
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from filelock import FileLock
 from PIL import Image
 
 import evaluate_fid
@@ -66,13 +70,13 @@ def run(*arguments: str | Path, out: str = "fid.json") -> dict:
     return json.loads(Path(out).read_text())
 
 
-def launch(processes: int, *arguments: str, **settings) -> subprocess.Popen:
+def launch(processes: int, *arguments: str, script: Path = SCRIPT, **settings) -> subprocess.Popen:
     """Start the script on several CPU processes, as `accelerate launch` does."""
     # --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several processes on CPUs without mpirun.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen([*command, str(SCRIPT), *arguments], env=environment, text=True, **settings)
+    return subprocess.Popen([*command, str(script), *arguments], env=environment, text=True, **settings)
 
 
 # --- what it prints and writes
@@ -93,11 +97,13 @@ def test_a_folder_against_the_digits(workplace: Path, capsys: pytest.CaptureFixt
     floor = near["metrics"]["frechet_digits"]["floor"]
     assert (floor["n"], floor["against"]) == (100, 1697)
     assert (
-        f"frechet_digits (100 samples vs 1797 real, {clean}): {near_value:.5g}; 100 real digits against the other 1697 "
-        f"score {floor['value']:.2g}   [fid.json]"
+        f"frechet_digits (100 samples vs 1797 real, {clean}, settings of the samples not known): {near_value:.5g}; 100 "
+        f"real digits against the other 1697 score {floor['value']:.2g}   [fid.json]"
     ) in capsys.readouterr().out
     assert set(near["environment"]) >= {"python", "packages", "commit"}
-    assert not Path("fid.json.partial").exists()
+    assert near["generated"]["sampling"] is None
+    assert near["run"]["wall_seconds"] > near["run"]["seconds_for_generated"]
+    assert list(Path().glob("fid.json.*")) == []  # neither statistics nor lock
 
 
 def test_a_folder_against_itself(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +126,7 @@ def test_a_run_folder_is_sampled_image_by_image(workplace: Path, capsys: pytest.
     value, value_again = (r["metrics"]["frechet_digits"]["value"] for r in (result, again))
     assert value_again == pytest.approx(value, rel=1e-4)
     generated = result["generated"]
-    assert (generated["n"], generated["image_size"], generated["seeds"]) == (12, [32, 32], [7, 18])
+    assert (generated["n"], generated["image_size"], generated["seeds"]) == (12, [32, 32], [7 * 2**20, 7 * 2**20 + 11])
     assert generated["labels"] == "balanced: i mod 10"
     assert generated["num_inference_steps"] == 2
     assert generated["sigmas"] == [1.0, 0.5, 0.0]
@@ -157,12 +163,14 @@ def test_folders_of_clips(workplace: Path, capsys: pytest.CaptureFixture[str]) -
     assert "fvd_6 (6 samples vs 6 real, fake): 15000" in capsys.readouterr().out
 
 
-def measurement(n_fake: int, values: dict, **record) -> Measurement:
+def measurement(n_fake: int, values: dict, n_real: int | None = None, **record) -> Measurement:
     """A measurement in Inception features, against a file of statistics."""
     features = {"inception": {"widths": {"pool": 2048, "spatial": 2023, "logits": 1008}}}
     reference = {"path": "data/imagenet256.npz", "protocol": "adm", "image_size": [256, 256]}
     defaults = {"protocol": "adm", "features": features, "reference": reference, "run": {}}
-    return Measurement(values, n_fake, None, 1.0, 1.0, {**defaults, "generated": {"image_size": [256, 256]}, **record})
+    return Measurement(
+        values, n_fake, n_real, 1.0, 1.0, {**defaults, "generated": {"image_size": [256, 256]}, **record}
+    )
 
 
 def test_a_line_per_value_and_none_without_its_settings() -> None:
@@ -170,6 +178,8 @@ def test_a_line_per_value_and_none_without_its_settings() -> None:
     fid, score = lines(measurement(500, values), "guidance 1.5, 250 steps, DDIM", Path("runs/x/fid.json"))
     settings = "guidance 1.5, 250 steps, DDIM"
     assert fid == f"fid_500 (500 samples vs imagenet256.npz, protocol adm, {settings}): 12.34   [runs/x/fid.json]"
+    [known] = lines(measurement(500, {"fid_500": {"value": 1.5}}, n_real=10_000), settings, Path("fid.json"))
+    assert known.startswith("fid_500 (500 samples vs imagenet256.npz, 10000 real, protocol adm, ")
     assert score == (
         f"is_500 (500 samples, protocol adm, {settings}): 215.84 (standard deviation 3.2)   [runs/x/fid.json]"
     )
@@ -177,7 +187,19 @@ def test_a_line_per_value_and_none_without_its_settings() -> None:
 
 def test_warnings() -> None:
     fid = {"value": 2.0, "raw": 2.0}
-    assert warnings(measurement(50_000, {"fid": fid})) == []
+    assert (
+        warnings(measurement(50_000, {"fid": fid})) == warnings(measurement(50_000, {"fid": fid}, n_real=50_000)) == []
+    )
+    [small] = warnings(measurement(50_000, {"fid": fid}, n_real=9_999))
+    assert small.startswith("papers take whole data sets as reference: fid compare only with values against these 9999")
+    pairs = {"precision": {"value": 0.6, "n_real": 9_999}, "recall": {"value": 0.6, "n_real": 10_000}}
+    [pairs_warning] = warnings(measurement(50_000, pairs))
+    assert pairs_warning.startswith("precision is against 9999 real images")
+    [chunks] = warnings(measurement(50_001, {"is": {"value": 200.0, "std": 1.0}}))
+    assert chunks.startswith("is is a mean over chunks of 5000 images, of which the last has 1 only")
+    assert len(warnings(measurement(55_000, {"is": {"value": 200.0, "std": 1.0}}))) == 0
+    [kid] = warnings(measurement(50_000, {"kid": {"value": 0.01, "std": 0.1}}, n_real=1_999))
+    assert kid == "kid: its subsets are drawn from 1999 real images, expected at least 2000"
     [few] = warnings(measurement(10_000, {"fid_10000": fid}))
     assert few == "papers report 50000 samples: fid_10000 compare only with values of 10000 samples"
     assert "fid_2000: 2000 samples cannot span 2048 features" in warnings(measurement(2000, {"fid_2000": fid}))[0]
@@ -195,7 +217,9 @@ def test_warnings() -> None:
 
 
 @pytest.mark.parametrize(("flag", "place"), [("--save-images", "png"), ("--save-npz", "samples.npz")])
-def test_samples_that_are_kept_score_the_same(workplace: Path, flag: str, place: str) -> None:
+def test_samples_that_are_kept_score_the_same(
+    workplace: Path, capsys: pytest.CaptureFixture[str], flag: str, place: str
+) -> None:
     write_pipeline(workplace / "pipeline")
     model = ("--model", "pipeline", "--num-samples", "20", "--steps", "1", "--batch-size", "8", *FEW)
     sampled = run(*model, flag, place)["metrics"]
@@ -203,9 +227,14 @@ def test_samples_that_are_kept_score_the_same(workplace: Path, flag: str, place:
     assert result["generated"]["n"] == 20
     value = result["metrics"]["frechet_digits"]["value"]
     assert value == pytest.approx(sampled["frechet_digits"]["value"], rel=1e-9)
-    written = {path: path.stat().st_mtime_ns for path in Path("png").glob("*")}
+    assert f"{place}, guidance 3, 1 steps, FlowMatchEulerDiscrete): " in capsys.readouterr().out
+    assert result["generated"]["sampling"]["num_inference_steps"] == 1
+    written = {path: path.stat().st_mtime_ns for path in [*Path("png").glob("*"), Path(place)]}
+    assert len(written) == (21 + 1 if place == "png" else 1)
     assert run(*model, flag, place, out="again.json")["metrics"] == sampled
-    assert written == {path: path.stat().st_mtime_ns for path in Path("png").glob("*")}  # nothing was sampled again
+    assert all(path.stat().st_mtime_ns == before for path, before in written.items())  # nothing was sampled again
+    with pytest.raises(ValueError, match=r"made with other settings: .*seed is 0 there, 1 was asked for"):
+        run(*model, flag, place, "--seed", "1", out="other.json")
 
 
 def test_an_evaluation_that_failed_is_gone_on_with(workplace: Path) -> None:
@@ -226,6 +255,45 @@ def test_an_evaluation_that_failed_is_gone_on_with(workplace: Path) -> None:
     assert parts["metrics"]["frechet_digits"]["value"] == pytest.approx(value, rel=1e-4)
     assert len(list(Path("png").glob("*.png"))) == 40
     assert not Path("parts.json.partial").exists()
+
+
+def test_another_result_is_moved_aside(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_digits(workplace / "a", 10), write_digits(workplace / "b", 10, noise=20)
+    results = [run("--images", first, *FEW), run("--images", first, *FEW)]
+    assert not list(Path().glob("fid.*.json"))  # of the same request: replaced
+    results.append(run("--images", second, *FEW))
+    assert "fid.json had another result, which is fid.1.json now" in capsys.readouterr().err
+    Path("fid.json").write_text("mine")
+    run("--images", first, *FEW)
+    assert json.loads(Path("fid.1.json").read_text()) == results[1]
+    assert Path("fid.2.json").read_text() == "mine"
+
+
+def test_the_values_are_said_where_the_file_cannot_be_written(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(f"fid.json.{socket.gethostname()}-{os.getpid()}.tmp").mkdir()  # where the file would be written first
+    with pytest.raises(ValueError, match=r"fid\.json"):
+        run("--images", write_digits(workplace / "digits", 10), *FEW)
+    assert "frechet_digits (10 samples vs real.npz, 80 real, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lock", ["fid.json.partial.lock", "a.npz.partial.lock"])
+def test_a_second_start_is_refused(workplace: Path, lock: str) -> None:
+    write_pipeline(workplace / "pipeline")
+    model = ("--model", "pipeline", "--num-samples", "4", "--steps", "1", "--save-npz", "a.npz", *FEW)
+    with FileLock(lock), pytest.raises(ValueError, match=r"another evaluation is writing .*partial: wait"):
+        run(*model)
+    run(*model)
+    assert not list(Path().glob("*.lock"))
+
+
+def test_warnings_come_before_the_work(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("large.npz", np.zeros((4, 40, 40, 3), np.uint8))
+    folder = write_digits(workplace / "digits", 10)
+    with pytest.raises(ValueError, match="32 x 32"):
+        run("--images", folder, "--reference", "large.npz", "--metrics", "frechet_digits")
+    assert "reference images are [40, 40], the generated ones [32, 32] pixels" in capsys.readouterr().err
 
 
 # --- what it refuses
@@ -258,6 +326,13 @@ def test_an_evaluation_that_failed_is_gone_on_with(workplace: Path) -> None:
         ("--videos a --metrics fid --reference r", "fvd and no other metric compares --videos"),
         ("--videos a", "--metrics fvd needs a --reference"),
         ("--model a --out nowhere/fid.json", "does not exist"),
+        ("--model a --out /proc/fid.json", "cannot be written"),
+        ("--model a --out data", "expected --out to be a file, got data, which is a folder"),
+        ("--model a --guidance 1 --guidance-channels 3", "--guidance-channels has no meaning with --guidance 1"),
+        ("--model a --guidance 1 --guidance-interval 0 0.5", "--guidance-interval has no meaning with --guidance 1"),
+        ("sweep --model a --guidance 1 --guidance-interval 0 0.5 --out b", "has no meaning with --guidance 1"),
+        ("reference --source digits --num-classes 10 --resolution 32 --out r.npz", "--num-classes has no meaning with"),
+        ("reference --source data --num-classes 10 --resolution 32 --out r.npz", "--num-classes has no meaning with"),
         ("--model a --save-npz nowhere/a.npz", "--save-npz nowhere/a.npz: its folder does not exist"),
         ("--videos a --reference b --stride 0", "--frames and --stride of at least 1, got 16 and 0"),
         ("sweep --model a --metrics fvd --reference b --out c", "fvd compares videos"),
@@ -265,7 +340,7 @@ def test_an_evaluation_that_failed_is_gone_on_with(workplace: Path) -> None:
         ("reference --source a --resolution 32 --out r", "--out to be named .npz"),
         ("reference --source a --resolution 32 --out r.npz --metrics is", "no reference file is made for is"),
         ("sweep --model a --guidance 1 2", "--out"),
-        ("sweep --model a --guidance-interval 0-1 --out b", "invalid _interval value"),
+        ("sweep --model a --guidance-interval 0,1 --out b", "expected 2 arguments"),
         ("sweep --model a --images b --out c", "unrecognized arguments"),
     ],
 )
@@ -286,12 +361,47 @@ def test_commands_without_meaning_are_refused(
         ("--videos a --reference b", {"metrics": ("fvd",), "frames": 16, "stride": 1}),
         ("reference --source digits --resolution 32 --out r.npz", {"metrics": ("frechet_digits",)}),
         ("reference --source hf:x --resolution 64 --out r.npz", {"metrics": ("fid", "sfid"), "keep_images": 10_000}),
-        ("sweep --model a b --guidance-interval 0,1 0.1,0.9 --out c", {"guidance_interval": [(0, 1), (0.1, 0.9)]}),
+        ("reference --source hf:x --resolution 64 --out r.npz", {"num_classes": 1000}),
+        (
+            "sweep --model a b --guidance-interval 0 1 --guidance-interval 0.1 0.9 --out c",
+            {"guidance_interval": [(0, 1), (0.1, 0.9)]},
+        ),
     ],
 )
 def test_what_is_not_said_is_settled(workplace: Path, arguments: str, settled: dict) -> None:
     args = vars(evaluate_fid.parse_arguments(arguments.split()))
     assert {key: args[key] for key in settled} == settled
+
+
+def test_metrics_may_be_set_apart_by_spaces(workplace: Path) -> None:
+    args = evaluate_fid.parse_arguments(["--model", "a", "--reference", "r.npz", "--metrics", " fid, is"])
+    assert args.metrics == ("fid", "is")
+
+
+def test_the_help_has_the_pipelines_numbers() -> None:
+    defaults = inspect.signature(IwinDiTPipeline.__call__).parameters
+    assert defaults["num_inference_steps"].default == evaluate_fid.DEFAULT_STEPS
+    assert defaults["guidance_scale"].default == evaluate_fid.DEFAULT_GUIDANCE
+
+
+def test_images_that_are_no_digits_are_refused_before_a_classifier_is_trained(workplace: Path) -> None:
+    shutil.rmtree(networks.CLASSIFIER)
+    pipe = IwinDiTPipeline(tiny_model(), tiny_vae(), FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained("pipeline")
+    with pytest.raises(ValueError, match="takes images of 32 x 32, got 16 x 16: --reference is missing"):
+        run("--model", "pipeline", "--save-images", "png")
+    with pytest.raises(ValueError, match=r"takes images of 32 x 32, got 16 x 16$"):
+        run("--model", "pipeline", *FEW)
+    with pytest.raises(ValueError, match="takes images of 32 x 32, got 16 x 16: --reference is missing"):
+        run("sweep", "--model", "pipeline", "--out", "sweep")
+    assert not Path(networks.CLASSIFIER).exists()
+    assert not Path("png").exists()
+
+
+def test_weights_of_a_pipeline_that_does_not_say_are_refused(workplace: Path) -> None:
+    write_pipeline(workplace / "pipeline")
+    with pytest.raises(ValueError, match="--weights ema: pipeline has one set of weights"):
+        run("--model", "pipeline", "--weights", "ema", *FEW)
 
 
 def test_missing_things_are_refused_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +483,7 @@ def test_every_inception_metric_against_a_reference_of_ours(
         assert value == pytest.approx(other, rel=1e-5, abs=1e-9), name  # the file has the images in another order
     assert result["protocol"] == "adm"
     printed = capsys.readouterr()
-    assert "fid_20 (20 samples vs ref.npz, protocol adm, " in printed.out
+    assert "fid_20 (20 samples vs ref.npz, 20 real, protocol adm, " in printed.out
     assert "is_20 (20 samples, protocol adm, " in printed.out
     assert "fid_20: 20 samples cannot span 2048 features" in printed.err
 
@@ -405,6 +515,27 @@ def test_a_mistake_ends_all_processes_with_one_line(workplace: Path) -> None:
         _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     assert error.count("evaluate_fid.py: error: expected 'digits', a folder") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_another_process_ends_all_and_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import evaluate_fid\n"
+        "accelerator = evaluate_fid.start()\n"
+        "def action():\n"
+        "    if accelerator.process_index == 1:\n"
+        "        raise FileNotFoundError('it is on the other machine')\n"
+        "try:\n"
+        "    evaluate_fid.opened(accelerator, action)\n"
+        "except Exception as error:\n"
+        "    print(f'{accelerator.process_index} {type(error).__name__} {error}', flush=True)\n"
+        "accelerator.end_training()\n"
+    )
+    with launch(2, script=script, stdout=subprocess.PIPE) as process:
+        output, _ = process.communicate(timeout=120)
+    message = "EvaluationError rank 1 of 2 failed: FileNotFoundError: it is on the other machine"
+    assert sorted(output.splitlines()) == [f"0 {message}", f"1 {message}"]
 
 
 @pytest.mark.slow

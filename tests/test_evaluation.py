@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from iwin_dit.data.sources import keyed_permutation
 from iwin_dit.evaluation import networks as networks_file
 from iwin_dit.evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
 from iwin_dit.evaluation.networks import open_networks
-from iwin_dit.evaluation.partial import Partial
+from iwin_dit.evaluation.partial import Partial, differences
 from iwin_dit.evaluation.passes import run_pass
 from iwin_dit.evaluation.real import RealSide
-from iwin_dit.evaluation.suite import METRICS, Side, check_metrics, kept_bytes, reported_names
+from iwin_dit.evaluation.suite import METRICS, Real, Side, check_metrics, compute, kept_bytes, reported_names
+from iwin_dit.evaluation.videos import VideoFiles
 from iwin_dit.metrics.digits import DigitsFeatures
 from iwin_dit.metrics.images import ImageTensor
 from iwin_dit.metrics.moments import Gaussian
 from iwin_dit.metrics.network import FeatureNetwork
 from iwin_dit.metrics.reference import save_reference
+from iwin_dit.metrics.result import environment
 from iwin_dit.metrics.two_sample import kernel_inception_distance, precision_recall
 
 WIDTHS = {"pool": 6, "spatial": 5, "logits": 4}
@@ -210,10 +213,86 @@ def test_the_record_says_what_the_values_depend_on(reference: str) -> None:
     assert record["generated"]["n"] == 41
     assert record["generated"]["image_size"] == record["reference"]["image_size"] == [SIZE, SIZE]
     assert (record["run"]["processes"], record["run"]["batch_size"], record["run"]["device"]) == (1, 9, "cpu")
-    assert measurement.values["kid_41"].keys() == {"value", "std", "subsets", "subset_size", "seed"}
+    assert measurement.values["kid_41"].keys() == {"value", "subsets", "subset_size", "seed"}  # all 41 in each: no std
     assert measurement.values["kid_41"]["subset_size"] == 41
     assert measurement.values["precision_41"] == {"value": pytest.approx(1, abs=1), "neighbours": 3, "n_real": 60}
-    assert measurement.values["is_41"]["std"] == 0  # a single chunk
+    assert measurement.values["is_41"].keys() == {"value", "chunk", "chunks"}  # a single chunk has no deviation
+    assert (measurement.values["is_41"]["chunk"], measurement.values["is_41"]["chunks"]) == (5000, 1)
+    assert record["reference"]["images"] == {"n": 60, "of": 60}
+
+
+def adm_inception_score(logits: np.ndarray) -> list[float]:
+    """As in ADM's evaluator: chunks of 5000 consecutive images, of which the last may be shorter."""
+    preds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    scores = []
+    for i in range(0, len(preds), 5000):
+        part = preds[i : i + 5000]
+        kl = part * (np.log(part) - np.log(np.expand_dims(np.mean(part, 0), 0)))
+        scores.append(math.exp(np.mean(np.sum(kl, 1))))
+    return scores
+
+
+def test_the_chunks_of_the_inception_score_are_those_of_adm() -> None:
+    images = torch.cat([pixels(5000, 1), pixels(7, 2, top=100)])
+    entry = measure(None, images, ["is"], batch_size=999).values["is_5007"]
+    chunks = adm_inception_score(features(images)["logits"])
+    assert len(chunks) == entry["chunks"] == 2
+    assert (entry["value"], entry["std"]) == pytest.approx((np.mean(chunks), np.std(chunks)), rel=1e-9)
+    assert abs(entry["value"] / inception_score(features(images)["logits"]) - 1) > 1e-3  # which one chunk would give
+
+
+@pytest.mark.slow
+def test_kid_is_of_a_hundred_seeded_subsets_of_a_thousand(tmp_path: Path) -> None:
+    real, fake = pixels(1300, 1), pixels(1200, 2, top=200)
+    path = write_images(tmp_path / "real.npz", real)
+    found = [measure(path, fake, ["kid"], batch_size=500, seed=seed).values["kid_1200"] for seed in (0, 7)]
+    pools = [NETWORKS["inception"](images)["pool"] for images in (fake, real)]
+    for seed, entry in zip((0, 7), found, strict=True):
+        value, std = kernel_inception_distance(*pools, subsets=100, subset_size=1000, seed=seed)
+        assert entry == {
+            "value": pytest.approx(value, rel=1e-5),
+            "std": pytest.approx(std, rel=1e-5),
+            "subsets": 100,
+            "subset_size": 1000,
+            "seed": seed,
+        }
+    assert found[0]["value"] != found[1]["value"]
+
+
+def test_of_many_real_images_ten_thousand_are_kept(tmp_path: Path) -> None:
+    real = torch.cat([pixels(5030, 1), pixels(5030, 2, top=100)])
+    path, statistics_too = write_images(tmp_path / "real.npz", real), write_statistics(tmp_path / "adm.npz", None, real)
+    seeds = (0, 0, 1)
+    engines = [evaluator(path, ["fid", "kid"], batch_size=1000, seed=seed) for seed in seeds]
+    engines.append(evaluator(statistics_too, ["fid", "kid"], batch_size=1000))
+    tables = []
+    for engine in engines:
+        assert engine.prepare(41, progress=False)
+        tables.append(engine._real.real.tables["kid"])
+        assert len(tables[-1]) == 10_000
+    rows = NETWORKS["inception"](real)["pool"]
+    order = np.sort(keyed_permutation(10_060, 0, 1)[:10_000])
+    assert all(torch.equal(table, rows[order]) for table in (*tables[:2], tables[3]))
+    assert not torch.equal(tables[2], tables[0])
+    measurement = engines[0].measure(ImageTensor(FAKE, "images"), progress=False)
+    assert measurement is not None
+    assert measurement.values["fid_41"]["value"] == pytest.approx(direct(real, FAKE)["fid_41"], rel=1e-9)  # of all
+    assert measurement.n_real == measurement.record["reference"]["n"] == 10_060
+    assert measurement.record["reference"]["images"] == {"n": 10_000, "of": 10_060}
+    assert evaluator(path, ["pr"]).kept_bytes(300) == 4 * 6 * (300 + 10_000)
+    assert evaluator(path, ["fid"]).kept_bytes(300) == 2 * 8 * 6 * 7
+
+
+def test_a_value_below_zero_by_more_than_rounding_is_an_error() -> None:
+    """A covariance of a reference may have negative eigenvalues, though its entries look well."""
+    side = Side(["fid"], NETWORKS, 41, "cpu", real=False)
+    side.update(FAKE, range(41))
+    mean, covariance = (torch.from_numpy(part) for part in statistics(FAKE)["pool"])
+    values, vectors = torch.linalg.eigh(covariance)
+    values[0] = -values[-1] / 2
+    real = Real({"fid": Gaussian(mean, vectors * values @ vectors.T)}, {}, {})
+    with pytest.raises(ValueError, match=r"fid comes out as -.*, which is no rounding"):
+        compute(["fid"], side, real)
 
 
 def test_batches_order_and_reading_ahead_play_no_part(reference: str) -> None:
@@ -263,6 +342,33 @@ def test_too_few_real_images_have_no_floor(tmp_path: Path) -> None:
 # --- references
 
 
+def test_what_is_known_of_a_reference_beforehand(reference: str, tmp_path: Path) -> None:
+    bare = write_statistics(tmp_path / "bare.npz", None)
+    adm = write_statistics(tmp_path / "adm.npz", None, REAL)
+    provenance = {"features": {"inception": NETWORKS["inception"].describe()}, "n": 60, "image_size": [SIZE, SIZE]}
+    ours = write_statistics(tmp_path / "ours.npz", provenance)
+    kind, size = "statistics", [SIZE, SIZE]
+    cases = [
+        (reference, ["fid", "pr"], {"kind": "images", "n": 60, "image_size": size, "protocol": "adm"}),
+        (bare, ["fid"], {"kind": kind, "n": None, "image_size": None, "protocol": "not stated"}),
+        (adm, ["fid", "pr"], {"kind": kind, "n": None, "image_size": size, "protocol": "not stated"}),
+        (ours, ["fid"], {"kind": kind, "n": 60, "image_size": size, "protocol": "adm"}),
+        (None, ["is"], {"kind": None, "n": None, "image_size": None, "protocol": None}),
+    ]
+    for path, metrics, expected in cases:
+        assert evaluator(path, metrics).about_reference() == expected
+
+
+def test_a_large_folder_of_real_images_has_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_images(tmp_path / "many.npz", torch.zeros(50_001, 3, SIZE, SIZE, dtype=torch.uint8))
+    with caplog.at_level(logging.INFO):
+        evaluator(path, ["kid"])  # of which it would measure 10,000
+        assert "evaluate_fid.py" not in caplog.text
+        evaluator(path, ["fid"])
+    assert "50001 images" in caplog.text
+    assert "`evaluate_fid.py reference` makes a file" in caplog.text
+
+
 def test_a_file_of_statistics_gives_the_value_of_its_images(reference: str, tmp_path: Path) -> None:
     by_images = measure(reference)
     path = write_statistics(tmp_path / "adm.npz", None, REAL)
@@ -271,7 +377,7 @@ def test_a_file_of_statistics_gives_the_value_of_its_images(reference: str, tmp_
     assert measurement.n_real is None
     record = measurement.record["reference"]
     assert (record["kind"], record["protocol"], record["provenance"]) == ("statistics", "not stated", None)
-    assert record["images"] == {"n": 60, "image_size": [SIZE, SIZE]}
+    assert record["images"] == {"n": 60, "of": 60, "image_size": [SIZE, SIZE]}
     assert measurement.values["precision_41"]["n_real"] == 60
 
 
@@ -349,12 +455,29 @@ class Clips(FeatureNetwork):
         return {"name": "i3d"}
 
 
-def test_clips_are_compared_by_covariances_over_n(tmp_path: Path) -> None:
+def write_clips(folder: Path) -> Tensor:
+    """Clips of 4 frames, each a folder."""
     clips = REAL[:48].view(12, 4, 3, SIZE, SIZE)
     for i, clip in enumerate(clips):
-        (tmp_path / f"clip{i:02}").mkdir()
+        (folder / f"clip{i:02}").mkdir()
         for t, frame in enumerate(clip):
-            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"clip{i:02}" / f"{t}.png")
+            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"clip{i:02}" / f"{t}.png")
+    return clips
+
+
+@pytest.mark.parametrize(("frames", "stride"), [(2, 1), (1, 3)])
+def test_clips_cut_otherwise_than_the_reference_are_refused(tmp_path: Path, frames: int, stride: int) -> None:
+    write_clips(tmp_path)
+    engine = Evaluator(Request(("fvd",), str(tmp_path), frames=2, stride=3), networks={"i3d": Clips()})
+    fake = VideoFiles(tmp_path, frames, stride)
+    for clip in fake.paths:  # which are not read before it is refused
+        clip.rename(clip.with_name(f"moved-{clip.name}"))
+    with pytest.raises(ValueError, match=f"2 frames at stride 3, as the reference's, got {frames} at stride {stride}"):
+        engine.measure(fake, progress=False)
+
+
+def test_clips_are_compared_by_covariances_over_n(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path)
     engine = Evaluator(Request(("fvd",), str(tmp_path), frames=2, stride=3), networks={"i3d": Clips()})
     fake = FAKE[:40].view(20, 2, 3, SIZE, SIZE)
     measurement = engine.measure(ImageTensor(fake, "clips"), progress=False)
@@ -439,6 +562,7 @@ def test_the_memory_of_features_is_stated_beforehand(reference: str, caplog: pyt
         measure(reference)
     assert "kid and pr keep features" in caplog.text
     assert evaluator(reference, ["kid"]).kept_bytes(10_000) == 4 * 6 * (10_000 + 60)
+    assert evaluator(None, ["is"]).kept_bytes(5001) == 2 * 8 * 4
 
 
 # --- errors, stops, restarts
@@ -495,6 +619,10 @@ def test_a_request_has_all_that_decides_the_values(reference: str, tmp_path: Pat
     assert request["generated"] == {"n": 41, "seed": 3, "interval": [0, 1]}
     assert request["features"]["inception"]["weights_sha256"] == "0" * 64
     assert request == evaluator(reference, batch_size=3).request_for(Asked(FAKE))
+    made_by = environment()
+    versions = {package: made_by["packages"][package] for package in ("torch", "diffusers")}
+    assert request["code"] == {"commit": made_by["commit"], **versions}
+    assert all(versions.values())
     others = [
         evaluator(write_images(tmp_path / "other.npz", FAKE)).request_for(Asked(FAKE)),
         evaluator(reference, seed=1).request_for(Asked(FAKE)),
@@ -547,7 +675,9 @@ def test_another_request_is_refused_with_its_differences(tmp_path: Path) -> None
     partial.begin(1)
     partial.save({"x": torch.ones(2)}, [0])
     other = {"model": "tiny", "sampling": {"seed": 1}, "steps": 5}
-    with pytest.raises(ValueError, match=r"sampling.seed: 0 there, 1 asked for; steps: \"nothing\" there, 5 asked for"):
+    with pytest.raises(
+        ValueError, match=r"\(sampling.seed is 0 there, 1 was asked for; steps is nothing there, 5 was asked for\)"
+    ):
         Partial(tmp_path / "partial", other)
     (tmp_path / "partial" / "request.json").write_text("{")
     with pytest.raises(ValueError, match="is broken"):
@@ -555,6 +685,35 @@ def test_another_request_is_refused_with_its_differences(tmp_path: Path) -> None
     (tmp_path / "partial" / "request.json").unlink()
     with pytest.raises(ValueError, match="delete"):
         Partial(tmp_path / "partial", REQUEST)
+
+
+def test_differences_are_named_by_their_place() -> None:
+    there, asked = {"a": {"b": 1.0, "c": None}, "d": [1]}, {"a": {"b": 3.0}, "d": [1], "e": "x"}
+    assert differences(there, there) == []
+    assert differences(there, asked) == [
+        "a.b is 1.0 there, 3.0 was asked for",
+        "a.c is null there, nothing was asked for",
+        'e is nothing there, "x" was asked for',
+    ]
+
+
+def test_saving_copies_nothing(tmp_path: Path) -> None:
+    """Allocations of torch and Python: the statistics of FID alone are 34 MB."""
+    state = {"scatter": torch.rand(600, 600, dtype=torch.float64), "count": torch.tensor(3)}
+    partial = Partial(tmp_path / "partial", REQUEST)
+    partial.begin(1)
+    tracemalloc.start()
+    try:
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            partial.save(state, range(3))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
+    assert peak + allocated < state["scatter"].nbytes / 2
+    (earlier,) = Partial(tmp_path / "partial", REQUEST).earlier_states()
+    assert earlier.keys() == state.keys()
+    assert torch.equal(earlier["scatter"], state["scatter"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])

@@ -1,5 +1,6 @@
 """Making reference files: against numpy on the same features, whatever the batches, folders and processes."""
 
+import itertools
 import logging
 import multiprocessing
 from collections.abc import Sequence
@@ -65,6 +66,11 @@ def features(images: np.ndarray, name: str) -> np.ndarray:
     return Means()(torch.from_numpy(images).permute(0, 3, 1, 2))[name].double().numpy()
 
 
+def distance(first: Tensor, second: Tensor) -> float:
+    """Between two sets of rows."""
+    return frechet_distance(*(Gaussian(half.mean(0), half.T.cov()) for half in (first, second)))
+
+
 def make(source: ImageSource, out: Path, **settings: Any) -> dict[str, Any]:
     return make_reference(source, NETWORKS, out, **({"resolution": R, "progress": False} | settings))
 
@@ -113,23 +119,59 @@ def test_the_kept_images_are_a_seeded_choice_in_random_order(tmp_path: Path) -> 
 
 
 def test_the_floor_is_the_distance_of_two_halves(tmp_path: Path) -> None:
-    """Of neighbours, one belongs to either half: of four images there are two such splits."""
-    folder = write_images(tmp_path / "photos", 4)
+    folder = write_images(tmp_path / "photos", 8)
     rows = torch.from_numpy(features(cropped(sorted(folder.iterdir())), "pool"))
 
-    def distance(first: list[int], second: list[int]) -> float:
-        halves = [Gaussian(half.mean(0), half.T.cov()) for half in (rows[first], rows[second])]
-        return frechet_distance(*halves)
-
-    splits = [distance([0, 2], [1, 3]), distance([0, 3], [1, 2])]
+    splits = {
+        chosen: distance(rows[list(chosen)], rows[[i for i in range(8) if i not in chosen]])
+        for size in range(2, 7)
+        for chosen in itertools.combinations(range(8), size)
+    }
     seen = set()
-    for seed in range(8):
+    for seed in range(12):
         floor = make(FlatFolder(folder), tmp_path / "r.npz", seed=seed, keep_images=0)["floor"]["pool"]
-        assert (floor["n"], floor["against"]) == (2, 2)
-        (match,) = [i for i, split in enumerate(splits) if floor["value"] == pytest.approx(split, rel=1e-6)]
-        seen.add(match)
-    assert seen == {0, 1}
-    write_images(folder, 3)
+        assert floor["n"] + floor["against"] == 8
+        of_this_size = {chosen: value for chosen, value in splits.items() if len(chosen) == floor["n"]}
+        seen |= {chosen for chosen, value in of_this_size.items() if floor["value"] == pytest.approx(value, rel=1e-6)}
+    assert len(seen) >= 12  # each of the halves is one of these splits
+    assert len({len(chosen) for chosen in seen}) > 1  # and its size is a matter of chance, too
+
+
+def test_the_floor_of_class_folders_is_that_of_random_halves(tmp_path: Path) -> None:
+    """Images of a class lie side by side and are alike: halves that share them out are no random samples."""
+    root, rng = tmp_path / "classes", np.random.default_rng(0)
+    for label, colour in enumerate(rng.integers(20, 230, (12, 3))):
+        (root / f"{label:02}").mkdir(parents=True)
+        for i in range(10):
+            pixels = (colour + rng.integers(-3, 4, (R, R, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"{label:02}" / f"{i}.png")
+    rows = torch.from_numpy(features(cropped(sorted(root.rglob("*.png"))), "pool"))
+
+    def random_halves() -> float:
+        order = rng.permutation(len(rows))
+        return distance(rows[order[:60]], rows[order[60:]])
+
+    expected = sorted(random_halves() for _ in range(400))
+    for name, source in (("flat", FlatFolder(root)), ("classes", ImageFolder(root, 50))):
+        floors = [
+            make(source, tmp_path / f"{name}.npz", seed=seed, keep_images=0, batch_size=120)["floor"]["pool"]["value"]
+            for seed in range(9)
+        ]
+        assert expected[0] <= min(floors), (name, floors)
+        assert max(floors) <= 1.5 * expected[-1], (name, floors)
+        assert expected[40] < np.median(floors) < expected[-40], (name, floors)
+
+
+def test_a_handful_of_images_may_have_no_floor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_images(tmp_path / "photos", 4)
+    floors = []
+    for seed in range(8):
+        caplog.clear()
+        floors.append(make(FlatFolder(folder), tmp_path / "r.npz", seed=seed, keep_images=0)["floor"])
+        assert ("no floor of pool: 4 images are too few" in caplog.text) == (floors[-1] == {})
+        assert load_reference(tmp_path / "r.npz", {"pool": 3}).provenance is not None
+    assert {} in floors
+    assert {(floor["pool"]["n"], floor["pool"]["against"]) for floor in floors if floor} == {(2, 2)}
     (folder / "003.png").unlink()
     with pytest.raises(ValueError, match=r"at least 4 images in .*photos, got 3"):
         make(FlatFolder(folder), tmp_path / "other.npz")
@@ -164,6 +206,12 @@ def test_folders_with_and_without_class_folders_are_the_same_images(tmp_path: Pa
     flat = open_reference_source(str(root))
     assert isinstance(flat, FlatFolder)
     assert flat.num_ignored == 1
+    for hidden in (".cache", "0/.thumbnails"):
+        write_images(root / hidden, 1)
+    assert open_reference_source(str(root)).fingerprint == flat.fingerprint
+    (root / "2" / "back").symlink_to(root, target_is_directory=True)
+    assert open_reference_source(str(root)).fingerprint == flat.fingerprint
+    (root / "2" / "back").unlink()
     keys = [
         [s.key for p in range(source.num_parts) for s in source.samples(p)] for source in (flat, ImageFolder(root, 4))
     ]

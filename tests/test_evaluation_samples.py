@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.evaluation.samples import SCHEDULERS, SampledImages, Sampling, random_label, to_uint8
-from iwin_dit.evaluation.saving import SavedArray, SavedImages
+from iwin_dit.evaluation.samples import SCHEDULERS, SampledImages, Sampling, generator_seed, random_label, to_uint8
+from iwin_dit.evaluation.saving import SavedArray, SavedImages, find_settings
 from iwin_dit.metrics.images import ImageArray, ImageFiles
 from tests.tools import tiny_model, tiny_vae
 
@@ -51,6 +51,19 @@ def test_image_i_depends_on_its_index_alone(pipe, labels):
     # 1e-4 of a float image can cross the border between two levels of grey
     assert (alone.int() - together[[11, 3]].int()).abs().max() <= 1
     assert len({image.numpy().tobytes() for image in together}) == 12
+
+
+def test_noise_is_that_of_sample_py_and_seeds_share_none(pipe):
+    ours = samples(pipe, steps=1).read([3, 4])
+    generators = [torch.Generator().manual_seed(i) for i in (3, 4)]
+    (theirs,) = pipe([3, 4], num_inference_steps=1, generator=generators, output_type="pt", return_dict=False)
+    assert torch.equal(ours, to_uint8(theirs))
+    last = generator_seed(4095, 2**20 - 1)
+    assert last == 2**32 - 1  # all that torch's generator on the CPU tells apart
+    seeds = [generator_seed(s, i) for s in (0, 1, 4095) for i in (0, 1, 2**20 - 1)]
+    noise = [torch.randn(2, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert len({tuple(row.tolist()) for row in noise}) == 9
+    assert not torch.equal(samples(pipe, steps=1, seed=1).read([0]), samples(pipe, steps=1).read([1]))
 
 
 def test_balanced_labels_count_through_the_classes(pipe):
@@ -126,7 +139,9 @@ def test_the_record_and_the_name_say_the_settings(pipe):
     assert images.name == "guidance 3 in [0.1, 0.9] on 3 channels, 2 steps, FlowMatchEulerDiscrete, random labels"
     record = images.record()
     assert record["path"] == "runs/x"
-    assert (record["seeds"], record["image_size"], record["step"]) == ([7, 18], [16, 16], 7)
+    assert (record["seeds"], record["image_size"], record["step"]) == ([7 * 2**20, 7 * 2**20 + 11], [16, 16], 7)
+    assert record["transformer"]["num_layers"] == 2
+    assert not any(key.startswith("_") for key in record["transformer"])
     assert (record["num_inference_steps"], record["guidance_scale"]) == (2, 3.0)  # the pipeline's own, as a number
     assert (record["guidance_interval"], record["guidance_channels"]) == ([0.1, 0.9], 3)
     assert record["labels"].startswith("random")
@@ -149,11 +164,26 @@ def test_the_record_and_the_name_say_the_settings(pipe):
         ({"guidance_channels": 5}, "guidance_channels must be"),
         ({"labels": "sorted"}, "labels must be one of balanced, random, got 'sorted'"),
         ({"seed": -1}, "at least 0"),
+        ({"seed": 4096}, "less than 4096"),
+        ({"count": 2**20 + 1}, "at most 1048576 images"),
+        ({"guidance": float("nan")}, "guidance_scale must be at least 1, .*, got nan"),
+        ({"guidance": float("inf")}, "guidance_scale must be finite, got inf"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(pipe, settings, message):
     with pytest.raises(ValueError, match=message):
         samples(pipe, **settings)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused_at_construction():
+    pipe = IwinDiTPipeline(tiny_model(), tiny_vae(), DDPMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="1000"):
+        samples(pipe, steps=1001)
+
+
+def test_one_set_of_weights_in_another_model_is_another_request(pipe):
+    other = IwinDiTPipeline(tiny_model(num_attention_heads=1, attention_head_dim=16), tiny_vae(), pipe.scheduler)
+    assert samples(pipe).request() != samples(other).request()
 
 
 def test_a_pipeline_without_vae_is_refused():
@@ -169,7 +199,7 @@ def test_pngs_are_the_samples_and_are_not_sampled_again(pipe, tmp_path):
     saved = SavedImages(images, tmp_path / "new" / "png")
     first = saved.read(range(12))
     assert torch.equal(first, images.read(range(12)))
-    files = ImageFiles(saved.path, allow_jpeg=False)
+    files = ImageFiles(saved.path, allow_lossy=False)
     assert [Path(name).name for name in files.names] == [f"{i:06}.png" for i in range(12)]
     assert torch.equal(files.read(range(12)), first)
     written = {path: path.stat().st_mtime_ns for path in saved.path.iterdir()}
@@ -185,7 +215,7 @@ def test_finish_keeps_what_an_earlier_attempt_only_measured(pipe, tmp_path):
     saved = SavedImages(samples(pipe), tmp_path)
     saved.read([4, 5])
     saved.finish(batch_size=5)
-    assert len(ImageFiles(tmp_path, allow_jpeg=False)) == 12
+    assert len(ImageFiles(tmp_path, allow_lossy=False)) == 12
 
 
 def test_a_folder_of_other_samples_is_refused(pipe, tmp_path):
@@ -223,11 +253,50 @@ def test_the_archive_is_what_adms_evaluator_reads(pipe, tmp_path):
     saved.finish(batch_size=5)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     with np.load(file, allow_pickle=False) as archive:
-        assert archive.files == ["arr_0", "arr_1"]
+        assert archive.files == ["arr_0", "arr_1", "sampling"]
+        assert archive["sampling"].shape == ()
+        settings = json.loads(archive["sampling"].item())
+        assert settings == find_settings(file) == {**images.request(), "count": 12}
         assert (archive["arr_0"].dtype, archive["arr_0"].shape) == (np.uint8, (12, 16, 16, 3))
         assert archive["arr_1"].tolist() == images.labels(range(12))
     assert torch.equal(ImageArray(file).read(range(12)), kept)
     assert (kept.int() - images.read(range(12)).int()).abs().max() <= 1
+
+
+def test_an_archive_that_is_there_is_read_or_refused(pipe, tmp_path):
+    file = tmp_path / "a.npz"
+    saved = SavedArray(samples(pipe), file)
+    kept = saved.read(range(12))
+    saved.finish(batch_size=5)
+    written = file.stat().st_mtime_ns
+    again = SavedArray(samples(pipe), file)
+    assert torch.equal(again.read([2, 11]), kept[[2, 11]])
+    again.finish(batch_size=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert file.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"a\.npz was made with other settings: count is 12 there, 13 was asked for"):
+        SavedArray(samples(pipe, count=13), file)
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((12, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"b\.npz does not say how its images were sampled"):
+        SavedArray(samples(pipe), tmp_path / "b.npz")
+
+
+def test_an_archive_that_has_no_room_is_refused(pipe, tmp_path):
+    images = samples(pipe, count=2**20)
+    images.image_size = [2**14, 2**14]
+    with pytest.raises(ValueError, match=rf"a\.npz takes {2**20 * 2**28 * 6} bytes until it is written, and \d+ are"):
+        SavedArray(images, tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}'])
+def test_damaged_settings_are_named(pipe, tmp_path, content):
+    (tmp_path / "sampling.json").write_text(content)
+    with pytest.raises(ValueError, match=r"damaged|no settings of samples that can be read") as caught:
+        find_settings(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match=r"sampling\.json is damaged" if content != '{"a": 1}' else "a is 1 there"):
+        SavedImages(samples(pipe), tmp_path)
 
 
 def test_equal_samples_make_equal_archives(pipe, tmp_path):

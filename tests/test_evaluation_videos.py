@@ -212,11 +212,33 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
         "n": 4,
         "frames": 4,
         "stride": 2,
+        "frames_per_second": [RATE, RATE],
         "image_size": [H, W],
         "stored_as": {".mkv": 3, "frames": 1},
         "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "duplicates": 0,
     }
+
+
+def test_the_record_has_the_slowest_and_the_fastest_frame_rate(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a/0.mkv", "a/1.gif", "b/0", "b/1")):
+        if "." in name:
+            write_video(tmp_path / name, ramp(3, seed))
+        else:
+            write_frames(tmp_path / name, ramp(3, seed))
+    assert VideoFiles(tmp_path, frames=3).record()["frames_per_second"] == pytest.approx([8, 25 / 3])
+    assert VideoFiles(tmp_path / "b", frames=3).record()["frames_per_second"] is None
+
+
+def test_links_are_followed_to_clips_and_hidden_folders_are_not_searched(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    write_frames(elsewhere / "0", ramp(3))
+    write_video(elsewhere / "1.mkv", ramp(3, 1))
+    write_frames(root / ".cache" / "2", ramp(3, 2))
+    (root / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(root, target_is_directory=True)
+    assert list_clips(root) == [root / "linked" / "0", root / "linked" / "1.mkv"]
+    assert len(VideoFiles(root, frames=3)) == 2
 
 
 def test_copies_of_clips_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,10 +38,16 @@ from iwin_dit.metrics.inception import (
 )
 from iwin_dit.metrics.inputs import exact_float32
 from iwin_dit.metrics.moments import Moments
+from tests.test_metrics_frechet import oracle
 
 
 def random_images(count: int, size: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator(seed))
+
+
+def small_and_large() -> tuple[Tensor, Tensor]:
+    """Images that are enlarged to 299 x 299, and one that is reduced: resizes differ more there."""
+    return random_images(2, 64), random_images(1, 400)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -239,17 +245,19 @@ def torchmetrics_fid(weights: Path) -> FrechetInceptionDistance:
 def test_three_libraries_give_the_same_features(
     weights: Path, everything: InceptionFeatures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = random_images(2, 64)
-    features = everything(images)
-    assert {name: value.shape for name, value in features.items()} == {n: (2, width) for n, width in WIDTHS.items()}
-    assert {value.dtype for value in features.values()} == {torch.float32}
     theirs = their_inception(weights, monkeypatch, resize_input=False, normalize_input=False)
-    prepared = (resize_bilinear_tf1(images.float(), 299) - 128) / 128
-    assert torch.equal(features["pool"], theirs(prepared)[0].flatten(1))
-    assert torch.equal(features["pool"], torchmetrics_fid(weights).inception(images))
-    pool, logits = torch_fidelity(weights, "2048", "logits_unbiased")(images)
-    assert torch.equal(features["pool"], pool)
-    assert torch.equal(features["logits"], logits)
+    of_torchmetrics = torchmetrics_fid(weights).inception
+    of_torch_fidelity = torch_fidelity(weights, "2048", "logits_unbiased")
+    for images in small_and_large():
+        features, n = everything(images), len(images)
+        assert {name: value.shape for name, value in features.items()} == {k: (n, width) for k, width in WIDTHS.items()}
+        assert {value.dtype for value in features.values()} == {torch.float32}
+        prepared = (resize_bilinear_tf1(images.float(), 299) - 128) / 128
+        assert torch.equal(features["pool"], theirs(prepared)[0].flatten(1))
+        assert torch.equal(features["pool"], of_torchmetrics(images))
+        pool, logits = of_torch_fidelity(images)
+        assert torch.equal(features["pool"], pool)
+        assert torch.equal(features["logits"], logits)
 
 
 @torch.no_grad()
@@ -266,44 +274,45 @@ def test_torchvisions_own_graph_is_another_network(weights: Path, everything: In
 @torch.no_grad()
 def test_spatial_features_are_the_first_channels_of_mixed_6_conv(weights: Path, everything: InceptionFeatures) -> None:
     """By torch-fidelity's modules, called one by one up to Mixed_6c; then the branch that is `mixed_6/conv`."""
-    images, theirs = random_images(2, 64), torch_fidelity(weights, "2048")
-    x = PROTOCOLS["adm"].prepare(images)
-    for name, module in theirs.named_children():
-        if name == "Mixed_6d":
-            break
-        x = module(x)
-    conv = F.conv2d(x, theirs.Mixed_6d.branch1x1.conv.weight)
-    grid = F.relu(theirs.Mixed_6d.branch1x1.bn(conv)).numpy()
-    assert grid.shape == (2, 192, 17, 17)
-    nhwc = np.transpose(grid, (0, 2, 3, 1))[..., :7]
-    features = everything(images)["spatial"]
-    torch.testing.assert_close(features, torch.from_numpy(nhwc.reshape(2, 2023)), rtol=1e-5, atol=1e-6)
-    assert features[1, (3 * 17 + 5) * 7 + 2].item() == pytest.approx(float(grid[1, 2, 3, 5]), rel=1e-5)
+    theirs = torch_fidelity(weights, "2048")
+    for images in small_and_large():
+        x, n = PROTOCOLS["adm"].prepare(images), len(images)
+        for name, module in theirs.named_children():
+            if name == "Mixed_6d":
+                break
+            x = module(x)
+        conv = F.conv2d(x, theirs.Mixed_6d.branch1x1.conv.weight)
+        grid = F.relu(theirs.Mixed_6d.branch1x1.bn(conv)).numpy()
+        assert grid.shape == (n, 192, 17, 17)
+        nhwc = np.transpose(grid, (0, 2, 3, 1))[..., :7]
+        features = everything(images)["spatial"]
+        torch.testing.assert_close(features, torch.from_numpy(nhwc.reshape(n, 2023)), rtol=1e-5, atol=1e-6)
+        assert features[-1, (3 * 17 + 5) * 7 + 2].item() == pytest.approx(float(grid[-1, 2, 3, 5]), rel=1e-5)
 
 
 @torch.no_grad()
 def test_protocol_pytorch_fid_is_that_librarys_arithmetic(
     weights: Path, networks: dict[str, InceptionFeatures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = random_images(2, 64)
     theirs = their_inception(weights, monkeypatch, resize_input=True, normalize_input=True)
-    to_floats = torch.stack([torchvision.transforms.ToTensor()(image.permute(1, 2, 0).numpy()) for image in images])
-    features = networks["pytorch-fid"](images)["pool"]
-    assert torch.equal(features, theirs(to_floats)[0].flatten(1))
-    assert (features - networks["adm"](images)["pool"]).norm() / features.norm() > 1e-3
+    for images in small_and_large():
+        to_floats = torch.stack([torchvision.transforms.ToTensor()(image.permute(1, 2, 0).numpy()) for image in images])
+        features = networks["pytorch-fid"](images)["pool"]
+        assert torch.equal(features, theirs(to_floats)[0].flatten(1))
+        assert (features - networks["adm"](images)["pool"]).norm() / features.norm() > 1e-3
 
 
 @torch.no_grad()
 def test_protocol_clean_is_clean_fids_resize(
     weights: Path, networks: dict[str, InceptionFeatures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = random_images(2, 64)
     theirs = their_inception(weights, monkeypatch, resize_input=False, normalize_input=False)
-    resized = np.stack([build_resizer("clean")(image.permute(1, 2, 0).numpy()) for image in images])
-    x = torch.from_numpy(resized.transpose(0, 3, 1, 2).copy())
-    assert x.dtype == torch.float32
-    features = networks["clean"](images)["pool"]
-    assert torch.equal(features, theirs((x - 128) / 128)[0].flatten(1))
+    for images in small_and_large():
+        resized = np.stack([build_resizer("clean")(image.permute(1, 2, 0).numpy()) for image in images])
+        x = torch.from_numpy(resized.transpose(0, 3, 1, 2).copy())
+        assert x.dtype == torch.float32
+        features = networks["clean"](images)["pool"]
+        assert torch.equal(features, theirs((x - 128) / 128)[0].flatten(1))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -396,18 +405,12 @@ def test_fid_agrees_with_torch_fidelity(weights: Path) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_fid_agrees_with_pytorch_fid_under_its_protocol(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    """By its features; its own distance calls scipy's sqrtm with an argument that SciPy 1.18 dropped."""
     real, fake = two_sets()
     network = their_inception(weights, monkeypatch)  # with its own resize and normalisation
-    statistics = []
-    for images in (real, fake):
-        features = network(images.float() / 255)[0].flatten(1).numpy()
-        statistics += [features.mean(axis=0, dtype=np.float64), np.cov(features, rowvar=False)]
-    try:
-        theirs = fid_score.calculate_frechet_distance(*statistics)
-    except TypeError:
-        pytest.skip("pytorch-fid calls scipy's sqrtm with disp=, which SciPy 1.18 dropped")
+    theirs = oracle(*(network(images.float() / 255)[0].flatten(1).double() for images in (real, fake)))
     assert our_fid(open_inception(weights, "pytorch-fid"), real, fake) == pytest.approx(theirs, rel=1e-5)
 
 

@@ -4,6 +4,7 @@ Letters: D features, N vectors of a set.
 """
 
 import itertools
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from iwin_dit.metrics.frechet import frechet_distance
 from iwin_dit.metrics.moments import Gaussian, Moments
@@ -216,6 +219,37 @@ def test_the_biased_covariance_divides_by_the_count() -> None:
     biased, unbiased = statistics.gaussian(unbiased=False), statistics.gaussian()
     torch.testing.assert_close(biased.covariance, 0.9 * unbiased.covariance, rtol=1e-14, atol=0)
     assert torch.equal(biased.mean, unbiased.mean)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Notes the most bytes that results of torch's operations hold at once; what LAPACK takes inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._results = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {pointer for _, pointer, _ in self._results}
+        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in known or storage.data_ptr() not in given:  # else of the caller
+                self._results.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
+        self._results = [entry for entry in self._results if entry[0]() is not None]
+        self.peak = max(self.peak, sum({pointer: size for _, pointer, size in self._results}.values()))
+        return result
+
+
+def test_few_matrices_live_at_once() -> None:
+    wide = 600
+    statistics, matrix = moments(normal(700, wide)), wide**2 * 8
+    with LiveMemory() as live:
+        gaussian = statistics.gaussian()
+    assert matrix <= live.peak < 1.05 * matrix
+    with LiveMemory() as live:
+        assert frechet_distance(gaussian, gaussian) == pytest.approx(0, abs=1e-6)
+    assert matrix <= live.peak < 2.5 * matrix
 
 
 # --- what is refused

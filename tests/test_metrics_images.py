@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from iwin_dit.data.sources import list_files
 from iwin_dit.files import sha256
 from iwin_dit.metrics.images import ImageArray, ImageFiles, ImageSet, ImageTensor, ImageZip, open_images
 from tests.corpus import encode, png_chunk, png_start
@@ -46,7 +47,7 @@ def test_images_come_in_the_order_of_their_paths_bit_for_bit(tmp_path: Path) -> 
     paths = [save(root / name, seed=i) for i, name in enumerate(["a/1.png", "a/2.PNG", "b/0.bmp", "c.png"])]
     (root / "notes.txt").write_text("no image")
     (root / "a" / "._1.png").write_text("what macOS leaves behind")
-    files, zipped = ImageFiles(root, allow_jpeg=False), ImageZip(pack(root), allow_jpeg=False)
+    files, zipped = ImageFiles(root, allow_lossy=False), ImageZip(pack(root), allow_lossy=False)
     assert files.paths == paths
     for images in (files, zipped):
         assert len(images) == 4
@@ -63,7 +64,7 @@ def test_images_come_in_the_order_of_their_paths_bit_for_bit(tmp_path: Path) -> 
 def test_grayscale_becomes_rgb(tmp_path: Path) -> None:
     for i in range(2):
         save(tmp_path / f"{i}.png", mode="L", seed=i)
-    red, green, blue = ImageFiles(tmp_path, allow_jpeg=False).read([1])[0]
+    red, green, blue = ImageFiles(tmp_path, allow_lossy=False).read([1])[0]
     assert red.equal(green)
     assert red.equal(blue)
 
@@ -72,9 +73,9 @@ def test_the_hash_is_of_names_and_contents_wherever_they_are_kept_and_whoever_re
     for folder, seeds in (("a", (0, 1)), ("b", (0, 1)), ("c", (0, 2))):
         for i, seed in enumerate(seeds):
             save(tmp_path / folder / f"{i}.png", seed=seed)
-    a, b, c = (ImageFiles(tmp_path / folder, allow_jpeg=False) for folder in "abc")
+    a, b, c = (ImageFiles(tmp_path / folder, allow_lossy=False) for folder in "abc")
     b.read([1])  # the other one is another process's
-    records = [images.record() for images in (a, b, c, ImageZip(pack(tmp_path / "a"), allow_jpeg=False))]
+    records = [images.record() for images in (a, b, c, ImageZip(pack(tmp_path / "a"), allow_lossy=False))]
     hashes = [record["sha256"] for record in records]
     listing = "".join(f"{sha256(path)}  {path.name}\n" for path in a.paths)
     assert hashes[0] == hashes[1] == hashes[3] == hashlib.sha256(listing.encode()).hexdigest() != hashes[2]
@@ -82,9 +83,50 @@ def test_the_hash_is_of_names_and_contents_wherever_they_are_kept_and_whoever_re
         "path": str(tmp_path / "a"),
         "n": 2,
         "image_size": [4, 5],
+        "stored_as": {"PNG": 2},
+        "ignored": 0,
         "sha256": hashes[0],
         "duplicates": 0,
     }
+
+
+def test_a_folder_is_read_by_one_rule_whatever_is_linked_or_hidden_and_so_is_its_zip(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    names = ["a-b/1.png", "a/b/1.png", "a/1.bmp", "a.png", "z/linked.png", "z/deeper/2.png"]
+    for i, name in enumerate(names[:4]):
+        save(root / name, seed=i)
+    save(elsewhere / "linked.png", seed=4)
+    save(elsewhere / "deeper" / "2.png", seed=5)
+    (root / "z").symlink_to(elsewhere, target_is_directory=True)
+    packed = pack(root)
+    with zipfile.ZipFile(packed, "a") as archive:  # as other programs pack, which follow links
+        for name in names[4:]:
+            archive.write(root / name, name)
+    (elsewhere / "deeper" / "back").symlink_to(root, target_is_directory=True)
+    (root / "a" / "self").symlink_to(root / "a", target_is_directory=True)
+    save(root / ".cache" / "1.png")
+    save(root / "a" / ".thumbnails" / "deeper" / "1.png")
+    (root / "a" / ".DS_Store").write_text("hidden, and so not counted")
+    files, zipped = ImageFiles(root, allow_lossy=False), ImageZip(packed, allow_lossy=False)
+    assert files.names == zipped.names == sorted(names)
+    assert [path.relative_to(root).as_posix() for path in files.paths] == files.names
+    records = [images.record() for images in (files, zipped)]
+    assert records[0]["sha256"] == records[1]["sha256"]
+    assert [record["duplicates"] for record in records] == [0, 0]
+    assert {str(path) for path in files.paths} == set(list_files(root))  # the rule by which latents are made
+
+
+def test_the_record_says_how_images_are_stored_and_what_was_ignored(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for i, name in enumerate(["0.png", "1.png", "2.bmp", "3.jpg", "4.webp"]):
+        save(root / name, seed=i)
+    save(root / "5.jpg", seed=5).rename(root / "5.png")
+    for name in ("dataset.json", "a.gif"):
+        (root / name).write_text("no image of the set")
+    for images in (ImageFiles(root, allow_lossy=True), ImageZip(pack(root), allow_lossy=True)):
+        record = images.record()
+        assert record["stored_as"] == {"BMP": 1, "JPEG": 2, "PNG": 2, "WEBP": 1}
+        assert record["ignored"] == 2
 
 
 def test_copies_are_counted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,8 +136,8 @@ def test_copies_are_counted_with_a_warning(tmp_path: Path, caplog: pytest.LogCap
     images = random_images()
     np.savez(tmp_path / "images.npz", arr_0=images[[0, 1, 1, 1, 0]])
     sets: list[ImageSet] = [
-        ImageFiles(root, allow_jpeg=False),
-        ImageZip(pack(root), allow_jpeg=False),
+        ImageFiles(root, allow_lossy=False),
+        ImageZip(pack(root), allow_lossy=False),
         ImageArray(tmp_path / "images.npz"),
         ImageTensor(torch.from_numpy(images[[0, 1, 1, 1, 0]]).permute(0, 3, 1, 2), "five"),
     ]
@@ -110,10 +152,10 @@ def test_copies_are_counted_with_a_warning(tmp_path: Path, caplog: pytest.LogCap
 def test_sets_that_cannot_count_are_refused(tmp_path: Path, kind: type[ImageFiles] | type[ImageZip]) -> None:
     def opened() -> ImageSet:
         path = tmp_path / "set"
-        return kind(path if kind is ImageFiles else pack(path), allow_jpeg=False)
+        return kind(path if kind is ImageFiles else pack(path), allow_lossy=False)
 
     with pytest.raises(FileNotFoundError, match=r"expected a.*, got .*missing, which is no"):
-        kind(tmp_path / "missing", allow_jpeg=True)
+        kind(tmp_path / "missing", allow_lossy=True)
     (tmp_path / "set").mkdir()
     with pytest.raises(ValueError, match=r"at least 2 images .* got 0"):
         opened()
@@ -125,21 +167,30 @@ def test_sets_that_cannot_count_are_refused(tmp_path: Path, kind: type[ImageFile
         opened()
 
 
-def test_jpeg_is_for_references_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "name"), [("jpg", "JPEG"), ("webp", "WEBP")])
+def test_lossy_formats_are_for_references_only(tmp_path: Path, suffix: str, name: str) -> None:
     for i in range(2):
-        save(tmp_path / f"{i}.jpg")
-    assert len(ImageFiles(tmp_path, allow_jpeg=True)) == 2
-    with pytest.raises(ValueError, match=r"0\.jpg is JPEG"):
-        ImageFiles(tmp_path, allow_jpeg=False)
+        save(tmp_path / f"{i}.{suffix}")
+    assert len(ImageFiles(tmp_path, allow_lossy=True)) == 2
+    with pytest.raises(ValueError, match=rf"0\.{suffix} is {name}, a lossy format, .* as PNG or BMP"):
+        ImageFiles(tmp_path, allow_lossy=False)
+
+
+def test_several_jpegs_in_a_file_are_jpeg(tmp_path: Path) -> None:
+    for i in range(2):
+        image = Image.new("RGB", (5, 4), (i, 0, 0))
+        image.save(tmp_path / f"{i}.jpg", format="MPO", save_all=True, append_images=[image])
+    with pytest.raises(ValueError, match=r"0\.jpg is MPO, a lossy format"):
+        ImageFiles(tmp_path, allow_lossy=False)
 
 
 def test_a_jpeg_named_png_is_a_jpeg(tmp_path: Path) -> None:
     for i in range(2):
         save(tmp_path / f"{i}.jpg").rename(tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match=r"0\.png is JPEG"):
-        ImageFiles(tmp_path, allow_jpeg=False)
+        ImageFiles(tmp_path, allow_lossy=False)
     with pytest.raises(ValueError, match=r"0\.png in .* is JPEG"):
-        ImageZip(pack(tmp_path), allow_jpeg=False)
+        ImageZip(pack(tmp_path), allow_lossy=False)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "1"])
@@ -147,20 +198,52 @@ def test_modes_without_one_meaning_are_refused(tmp_path: Path, mode: str) -> Non
     for i in range(2):
         Image.new(mode, (5, 4)).save(tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match=f"is {mode}: convert it first"):
-        ImageFiles(tmp_path, allow_jpeg=False)
+        ImageFiles(tmp_path, allow_lossy=False)
 
 
 def test_a_transparent_colour_is_refused(tmp_path: Path) -> None:
     for i in range(2):
         Image.new("RGB", (5, 4)).save(tmp_path / f"{i}.png", transparency=(0, 0, 0))
     with pytest.raises(ValueError, match="transparent colour"):
-        ImageFiles(tmp_path, allow_jpeg=False)
+        ImageFiles(tmp_path, allow_lossy=False)
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_images_that_viewers_turn_are_refused(tmp_path: Path, suffix: str) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    for i in range(3):  # upright, and what means nothing
+        Image.new("RGB", (5, 5), (i, 0, 0)).save(root / f"{i}.{suffix}", exif=oriented((1, 0, 9)[i]))
+    assert ImageFiles(root, allow_lossy=True).read(range(3)).shape == (3, 3, 5, 5)
+    for orientation in range(2, 9):
+        Image.new("RGB", (5, 5)).save(root / f"1.{suffix}", exif=oriented(orientation))
+        for kind, path in ((ImageFiles, root), (ImageZip, pack(root))):
+            message = rf"1\.{suffix}.* is stored turned or mirrored \(EXIF orientation {orientation}\).*"
+            with pytest.raises(ValueError, match=message + r"save it upright, or .*`evaluate_fid\.py reference`"):
+                kind(path, allow_lossy=True)
+
+
+def test_a_png_may_say_after_its_pixels_that_it_is_to_be_turned(tmp_path: Path) -> None:
+    for i in range(2):
+        content = encode(Image.new("RGB", (5, 5), (i, 0, 0)))
+        end = content.rindex(b"IEND") - 4
+        exif = png_chunk(b"eXIf", oriented(6).tobytes().removeprefix(b"Exif\0\0"))
+        (tmp_path / f"{i}.png").write_bytes(content[:end] + exif + content[end:])
+    files = ImageFiles(tmp_path, allow_lossy=False)
+    with pytest.raises(ValueError, match=r"0\.png is stored turned or mirrored \(EXIF orientation 6\)"):
+        files.read([0, 1])
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     whole, cut = save(tmp_path / "0.png", size=(64, 64)), save(tmp_path / "1.png", size=(64, 64), seed=1)
     cut.write_bytes(cut.read_bytes()[:2000])
-    files = ImageFiles(tmp_path, allow_jpeg=False)  # the header is whole
+    files = ImageFiles(tmp_path, allow_lossy=False)  # the header is whole
     with pytest.raises(ValueError, match=r"1\.png is broken"):
         files.read([0, 1])
     save(cut, size=(32, 32))
@@ -168,7 +251,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         files.read([0, 1])
     whole.write_text("no image at all")
     with pytest.raises(ValueError, match=r"0\.png is no usable image"):
-        ImageFiles(tmp_path, allow_jpeg=False)
+        ImageFiles(tmp_path, allow_lossy=False)
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
@@ -176,7 +259,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
         for i in range(2):
             (tmp_path / f"{i}.png").write_bytes(png_start(side, side) + png_chunk(b"IDAT", b""))
         with pytest.raises(ValueError, match=r"0\.png is no usable image: .*(expected at most|exceeds limit)"):
-            ImageFiles(tmp_path, allow_jpeg=False)
+            ImageFiles(tmp_path, allow_lossy=False)
 
 
 def test_a_zip_is_read_and_never_extracted(tmp_path: Path) -> None:
@@ -186,7 +269,7 @@ def test_a_zip_is_read_and_never_extracted(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.writestr(name, content if not name.endswith("/") else b"")
-    images = ImageZip(path, allow_jpeg=False)
+    images = ImageZip(path, allow_lossy=False)
     assert images.names == ["../../outside.png", "/absolute.png", "b.png"]
     assert images.read(range(3))[:, :, 0, 0].tolist() == [[1, 2, 3]] * 3
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "images.zip"]
@@ -200,10 +283,10 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     pixel = whole.rindex((tmp_path / "set" / "1.bmp").read_bytes()[-30:])
     path.write_bytes(whole[:pixel] + b"?" + whole[pixel + 1 :])
     with pytest.raises(ValueError, match=r"1\.bmp in .*set\.zip is broken: Bad CRC"):
-        ImageZip(path, allow_jpeg=False).read([1])
+        ImageZip(path, allow_lossy=False).read([1])
     path.write_bytes(whole[:-30])
     with pytest.raises(ValueError, match="no zip archive, or not all of one"):
-        ImageZip(path, allow_jpeg=False)
+        ImageZip(path, allow_lossy=False)
 
 
 # --- arrays
@@ -315,14 +398,14 @@ def test_a_set_is_opened_by_what_it_is(tmp_path: Path) -> None:
     for i in range(2):
         save(root / f"{i}.jpg", seed=i)
     np.savez(tmp_path / "set.npz", arr_0=random_images())
-    opened = [open_images(path, allow_jpeg=True) for path in (root, pack(root), tmp_path / "set.npz")]
+    opened = [open_images(path, allow_lossy=True) for path in (root, pack(root), tmp_path / "set.npz")]
     assert [type(images) for images in opened] == [ImageFiles, ImageZip, ImageArray]
     assert [images.name for images in opened] == [str(tmp_path / name) for name in ("set", "set.zip", "set.npz")]
     assert all(images.prefetch for images in opened)
     for path in (root, root.with_suffix(".zip")):
         with pytest.raises(ValueError, match="is JPEG"):
-            open_images(path, allow_jpeg=False)
+            open_images(path, allow_lossy=False)
     with pytest.raises(FileNotFoundError, match="which does not exist"):
-        open_images(tmp_path / "missing", allow_jpeg=True)
+        open_images(tmp_path / "missing", allow_lossy=True)
     with pytest.raises(ValueError, match=r"expected a folder of images, a \.zip or an \.npz, got the file"):
-        open_images(root / "0.jpg", allow_jpeg=True)
+        open_images(root / "0.jpg", allow_lossy=True)

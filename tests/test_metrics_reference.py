@@ -1,6 +1,7 @@
 """Reference files: ADM's arrays in and out, what is refused, and what a file says of where it comes from."""
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -18,7 +19,8 @@ PROVENANCE = {"features": {"inception": {"name": "inception", "protocol": "adm",
 
 def gaussian(width: int, seed: int = 0) -> Gaussian:
     rows = torch.randn(30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return Gaussian(rows.mean(0), rows.T.cov())
+    covariance = rows.T.cov()
+    return Gaussian(rows.mean(0), (covariance + covariance.T) / 2)  # whose last bits need not be symmetric
 
 
 def random_images(n: int = 5) -> np.ndarray:
@@ -100,6 +102,66 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match=r"named \.npz"):
         save_reference(tmp_path / "reference", {}, PROVENANCE)
+
+
+def test_what_another_library_rounded_is_symmetric_when_it_is_loaded(tmp_path: Path) -> None:
+    rows = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = rows.T.cov().numpy()
+    noise = 4e-7 * np.abs(sigma).max() * np.triu(np.ones((6, 6)), 1)
+    np.savez(tmp_path / "close.npz", mu=np.zeros(6), sigma=sigma + noise)
+    loaded = load_reference(tmp_path / "close.npz", {"pool": 6}).gaussians["pool"].covariance
+    assert loaded.equal(loaded.T)
+    assert loaded.numpy() == pytest.approx(sigma + (noise + noise.T) / 2, rel=1e-12)
+    # Far below a thousandth of an entry, but no rounding beside the largest one.
+    np.savez(tmp_path / "far.npz", mu=np.zeros(6), sigma=sigma + 10 * noise)
+    with pytest.raises(ValueError, match="'sigma' is not symmetric"):
+        load_reference(tmp_path / "far.npz", {"pool": 6})
+
+
+FLOOR = {"value": 1.5, "n": 15, "against": 15}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": []}, "'features' by network"),
+        ({"features": {"inception": "adm"}}, "'features' by network"),
+        ({"n": "30"}, "'n' of 'provenance' to be a number of images, got '30'"),
+        ({"n": True}, "got True"),
+        ({"n": 30.5}, "got 30.5"),
+        ({"n": 0}, "got 0"),
+        ({"image_size": 256}, r"'image_size' of 'provenance' to be \[height, width\], got 256"),
+        ({"image_size": [256]}, r"got \[256\]"),
+        ({"image_size": [256, "256"]}, r"got \[256, '256'\]"),
+        ({"floor": 1.5}, "'floor' of 'provenance' to be .* by features, got 1.5"),
+        ({"floor": {"pool": 1.5}}, "got {'pool': 1.5}"),
+        ({"floor": {"pool": {**FLOOR, "value": "1.5"}}}, "'value': '1.5'"),
+        ({"floor": {"pool": {**FLOOR, "value": float("nan")}}}, "'value': nan"),
+        ({"floor": {"pool": {**FLOOR, "value": 10**400}}}, "'value': 10000"),
+        ({"floor": {"pool": {**FLOOR, "value": -1}}}, "'value': -1"),
+        ({"floor": {"pool": {**FLOOR, "n": 15.5}}}, "'n': 15.5"),
+        ({"floor": {"pool": {"value": 1.5, "n": 15}}}, "'against': number of images"),
+    ],
+)
+def test_a_provenance_that_says_what_nobody_can_use_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    whole = {**PROVENANCE, "image_size": [4, 5], "floor": {"pool": FLOOR}}
+    path = tmp_path / "ours.npz"
+    for provenance in (whole, {**whole, "image_size": None, "floor": None}, {**whole, "floor": {}}):
+        save_reference(path, {}, provenance)
+        assert load_reference(path, {}).provenance == provenance
+    np.savez(path, provenance=np.array(json.dumps({**whole, **change})))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_reference(path, {})
+    assert str(path) in str(caught.value)
+
+
+def test_a_provenance_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.npz"
+    np.savez_compressed(path, provenance=np.array("[" * 1_000_000))
+    with pytest.raises(ValueError, match=r"deep\.npz is not a usable reference: 'provenance' is nested too deeply"):
+        load_reference(path, {})
 
 
 class Payload:

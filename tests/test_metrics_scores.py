@@ -51,6 +51,11 @@ def test_inception_score_is_its_definition(n: int) -> None:
     assert score(logits, 5) == pytest.approx(score_by_definition(logits.numpy(), 5), rel=1e-12)
 
 
+@pytest.mark.parametrize(("n", "chunks"), [(15, 3), (13, 3), (5, 1), (3, 1), (0, 0)])
+def test_inception_score_says_over_how_many_chunks(n: int, chunks: int) -> None:
+    assert InceptionScore(n, 7, 5).chunks == chunks
+
+
 def test_inception_score_is_torch_fidelitys_where_the_chunks_agree() -> None:
     logits = 2 * normal(30, 1008)
     theirs = isc_features_to_metric(logits, splits=3, shuffle=False)

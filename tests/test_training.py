@@ -1,6 +1,7 @@
 """What train_dit.py is made of, and a short real run: the loss falls, it resumes bit for bit, it refuses mistakes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -220,11 +221,13 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 
 CONSTANT = ["--optim.schedule", "constant", "--optim.warmup_images", "0"]
 SMALL = ["--model.num_layers", "1", "--train.batch_size", "32", "--log.every", "1", "--log.preview_every", "0"]
+SMALL += ["--log.validate_every", "0"]
 
 
 @pytest.fixture
-def data(digits_folder) -> list[str]:
-    """Arguments that name the shared VAE and latents."""
+def data(digits_folder, monkeypatch) -> list[str]:
+    """Arguments that name the shared VAE and latents; on one thread, as two that spin are slow on a busy machine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
     return ["--data.vae", str(digits_folder / "vae"), "--data.latents", str(digits_folder / "latents")]
 
 
@@ -249,7 +252,7 @@ def test_a_finished_run_goes_on_bit_for_bit(data, tmp_path, caplog):
     """train(4) = train(2) + resume(2); the line that was torn when the first was killed does no harm."""
     caplog.set_level("INFO")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = [*data, *SMALL, *CONSTANT]
+    arguments = [*data, *SMALL, *CONSTANT, "--log.validate_every", "1000"]
     train("--run", str(whole), *arguments, "--train.images", "128", "--log.checkpoint_every", "0")
     train("--run", str(parts), *arguments, "--train.images", "64")
     with (parts / "metrics.jsonl").open("a") as file:
@@ -284,7 +287,7 @@ def test_a_killed_run_resumes_bit_for_bit_under_the_cosine_schedule(data, tmp_pa
 
 def test_the_loss_falls(data, tmp_path):
     """From 1.1, the cost of the zeros that an untrained model predicts, to 0.21 (over the last five of 40 steps)."""
-    arguments = ["--train.images", "1280", "--optim.warmup_images", "160", "--log.validate_every", "0"]
+    arguments = ["--train.images", "1280", "--optim.warmup_images", "160"]
     train("--run", str(tmp_path), *data, *SMALL, *arguments)
     assert losses(tmp_path)[0] == pytest.approx(1.1, abs=0.05)
     assert np.mean(losses(tmp_path)[-5:]) < 0.3
@@ -305,7 +308,7 @@ def test_accumulation_gives_the_same_step(data, tmp_path):
     for accumulation in ("1", "4"):
         run = tmp_path / accumulation
         arguments = ["--train.images", "96", "--train.gradient_accumulation_steps", accumulation]
-        train("--run", str(run), *data, *SMALL, *CONSTANT, *arguments, "--log.validate_every", "0")
+        train("--run", str(run), *data, *SMALL, *CONSTANT, *arguments)
         records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
         curves.append([record[key] for record in records for key in ("loss", "grad_norm")])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
@@ -421,6 +424,7 @@ def test_a_dry_run_trains_nothing(tmp_path, caplog):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path):
     """In its own process, as a user sees it."""
     (tmp_path / "thesis.txt").write_text("mine")

@@ -1,6 +1,7 @@
 """Evaluation while training: the numbers are those of the checkpoint, training is as without; the best checkpoint."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -9,24 +10,27 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import evaluate_fid
 import train_dit
 from iwin_dit.evaluation.evaluator import Evaluator, Request
-from iwin_dit.evaluation.samples import SampledImages, Sampling
+from iwin_dit.evaluation.samples import SampledImages, Sampling, generator_seed
 from iwin_dit.metrics.digits import DigitsFeatures
+from iwin_dit.metrics.images import ImageTensor
 from iwin_dit.pipelines import identify, load_pipeline
-from iwin_dit.training.best import Score, restore_best
+from iwin_dit.training.best import Score, drop_evaluations_after, restore_best
 from iwin_dit.training.checkpoint import find_damage, list_checkpoints
 from iwin_dit.training.config import parse_config
-from iwin_dit.training.evaluation import open_evaluator
+from iwin_dit.training.evaluation import open_evaluator, score
 from iwin_dit.training.log import read_metrics
 from iwin_dit.training.plot import plot_runs
-from tests.faults import at, fsdp2, launch, run, sends, together
+from tests.faults import at, fsdp2, launch, raises, run, sends, together
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -116,9 +120,10 @@ def scripted(monkeypatch, numbers: dict[int, float]) -> None:
         (["--eval.metrics", "fid,is", "--eval.protocol", "clean"], "is is defined under protocol adm, got 'clean'"),
         (["--eval.every", "5"], "eval.reference must be given for fid: 'digits', or a file"),
         (["--eval.every", "-1"], "eval.every must be at least 0, got -1"),
-        (["--eval.num_samples", "1"], "eval.num_samples must be from 2 to 10**9, got 1"),
+        (["--eval.num_samples", "1"], "eval.num_samples must be from 2 to 2**20, got 1"),
         (["--eval.guidance_scale", "0.5"], "eval.guidance_scale must be from 1 to 10**4, got 0.5"),
-        (["--eval.seed", "-1"], "eval.seed must be in [0, 2**32), got -1"),
+        (["--eval.seed", "-1"], "eval.seed must be in [0, 4096), got -1"),
+        (["--eval.seed", "4096"], "eval.seed must be in [0, 4096), got 4096"),
         (["--eval.protocol", "adn"], "eval.protocol"),
     ],
 )
@@ -133,7 +138,10 @@ def test_digits_features_are_of_small_images():
     with pytest.raises(
         ValueError, match=r"of images of 32 pixels, and data\.resolution is 64: give other --eval\.metrics"
     ):
-        open_evaluator(parse_config(["--config", DIGITS, "--data.resolution", "64"]), Accelerator(cpu=True))
+        open_evaluator(
+            *(parse_config(["--config", DIGITS, "--data.resolution", "64"]), Accelerator(cpu=True)),
+            *(None, None, ("0", "1")),  # which it does not get to
+        )
 
 
 def test_the_inception_score_needs_no_reference():
@@ -146,9 +154,13 @@ def test_the_inception_score_needs_no_reference():
     [
         (["--eval.reference", "nowhere.npz"], r"got nowhere\.npz: no such file\. Without evaluation: --eval\.every 0"),
         (["--eval.metrics", "fid", "--eval.inception_weights", "nowhere.pth"], r"nowhere\.pth"),
+        (
+            ["--objective", "ddpm", "--eval.num_inference_steps", "2000"],
+            r"2000.*\. Without evaluation: --eval\.every 0",
+        ),
     ],
 )
-def test_what_is_missing_is_found_before_training(extra, message, base, tmp_path):
+def test_what_cannot_be_measured_is_found_before_training(extra, message, base, tmp_path):
     with pytest.raises(SystemExit, match=message):
         train(*base, "--run", str(tmp_path / "run"), "--eval.every", "2", *extra)
     assert not (tmp_path / "run").exists()
@@ -172,16 +184,26 @@ def test_training_is_the_same_with_and_without(base, tmp_path, caplog):
     step = min(measured, key=measured.__getitem__)
     checkpoint = with_it / best(with_it)["checkpoint"]
     assert (best(with_it)["step"], best(with_it)["value"]) == (step, measured[step])
-    images = SampledImages(load_pipeline(checkpoint), 12, Sampling(2, 1.0, seed=3), identify(checkpoint))
-    again = Evaluator(Request((NAME,), "digits", batch_size=5)).measure(images, progress=False)
-    assert again.values[NAME]["value"] == pytest.approx(measured[step], rel=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    evaluate_fid.main(
+        [
+            *("--model", str(checkpoint), "--metrics", NAME, "--reference", "digits", "--num-samples", "12"),
+            *("--guidance", "1", "--steps", "2", "--seed", "3", "--batch-size", "8", "--out", "again.json"),
+        ]
+    )
+    again = json.loads(Path("again.json").read_text())
+    assert again["metrics"][NAME]["value"] == measured[step]
 
     record = json.loads((with_it / "evaluations" / f"step-{step:08d}.json").read_text())
     assert record["step"] == step
     assert record["metrics"][NAME]["value"] == measured[step]
     assert record["metrics"][NAME]["floor"]["n"] == 12
     assert record["generated"]["weights"] == "ema"
-    assert record["generated"]["seeds"] == [3, 14]
+    assert record["generated"]["seeds"] == [generator_seed(3, 0), generator_seed(3, 11)]
+    assert record["statistics"]["seed"] == 0  # whatever that of the noise
+    assert record["score"]["settings"]["reference_sha256"] == record["reference"]["sha256"]
+    assert len(record["reference"]["sha256"]) == 64
+    assert "reference" not in record["score"]["settings"]
     plot_runs([with_it, without], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
@@ -195,6 +217,38 @@ def test_a_resumed_run_has_the_same_evaluations(base, tmp_path):
     assert_same_checkpoint(whole, parts)
     assert values(parts) == values(whole)
     assert best(parts) == best(whole)
+
+
+@pytest.mark.parametrize("train_on", [True, False], ids=["midway", "finished"])
+def test_an_evaluation_that_was_stopped_is_made_up_for(train_on, base, tmp_path, monkeypatch):
+    """By the run that goes on, before it trains: the same values, the same bits, the same best."""
+    from iwin_dit.evaluation import samples
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(*base, "--run", str(whole), "--eval.every", "2")
+    arguments = [*base, "--run", str(parts), "--eval.every", "2"]
+    read, calls = samples.SampledImages.read, itertools.count(1)
+
+    def signalled(self, indices):
+        if next(calls) == (1 if train_on else 3):  # of two batches per evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, indices)
+
+    monkeypatch.setattr(samples.SampledImages, "read", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        train(*arguments)
+    assert stopped.value.code == 143
+    assert list(values(parts)) == ([] if train_on else [2])
+    assert checkpoints(parts)[-1] == (2 if train_on else 4)
+    train(*arguments)
+    assert_same_checkpoint(whole, parts)
+    assert values(parts) == values(whole)
+    assert list(values(parts)) == [2, 4]
+    assert best(parts) == best(whole)
+    seen = next(calls)
+    train(*arguments)  # all is there now
+    assert next(calls) == seen + 1
+    assert values(parts) == values(whole)
 
 
 def test_samples_that_are_not_finite_are_logged(base, tmp_path, caplog):
@@ -279,7 +333,7 @@ def test_the_best_of_a_run_that_goes_back(base, tmp_path, monkeypatch, caplog):
     assert list(values(path)) == [1, 2, 3, 4]
 
 
-def test_best_json_is_restored(base, tmp_path, monkeypatch):
+def test_best_json_is_restored(base, tmp_path, monkeypatch, caplog):
     """Where the run was killed before it was written, or it names a checkpoint that is gone or damaged."""
     path = tmp_path / "run"
     scripted(monkeypatch, {2: 5.0, 4: 3.0})
@@ -293,10 +347,32 @@ def test_best_json_is_restored(base, tmp_path, monkeypatch):
     assert restore_best(path, standing).step == 4
     assert restore_best(path, {2: standing[2]}).step == 2
     assert best(path)["checkpoint"] == "checkpoints/step-00000002"
+    for stray in ("step-latest.json", "step-2.json", "step-00000002 (copy).json"):
+        (path / "evaluations" / stray).write_text("mine")
+    caplog.clear()
+    drop_evaluations_after(path, 2)
+    assert restore_best(path, {2: standing[2]}).step == 2
+    assert caplog.messages == []
+    assert sorted(file.name for file in (path / "evaluations").iterdir()) == [
+        *("step-00000002 (copy).json", "step-00000002.json", "step-2.json", "step-latest.json")
+    ]
     shutil.rmtree(path / "evaluations")
     assert restore_best(path, standing).step == 2  # best.json is enough
     assert restore_best(path, {}) is None
     assert not (path / "best.json").exists()
+
+
+def test_the_content_of_the_reference_counts(base, tmp_path):
+    """A file that was renamed is the same reference; another one in its place is not."""
+    grey, scores = ImageTensor(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "grey"), []
+    for name, size in (("a.npz", 20), ("b.npz", 20), ("a.npz", 21)):
+        images = np.random.default_rng(0).integers(256, size=(size, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / name, arr_0=images)
+        measured = Evaluator(Request((NAME,), name)).measure(grey, progress=False)
+        scores.append(score(parse_config([*base, "--run", "run", "--eval.reference", name]), 4, measured))
+    same, renamed, other = (dataclasses.replace(ours, value=float(i)) for i, ours in enumerate(scores))
+    assert not renamed.beats(same)
+    assert other.beats(same)
 
 
 def test_other_settings_start_anew(base, tmp_path, monkeypatch):
@@ -354,5 +430,20 @@ def test_a_stop_ends_an_evaluation(arguments, tmp_path):
     assert checkpoints(path) == [2]
     result = run(arguments, ranks=2, fault=partial(in_folder, tmp_path))
     assert result.exitcodes == [0, 0], result.output
-    assert list(values(path)) == [4]
+    assert list(values(path)) == [2, 4]
     assert math.isfinite(best(path)["value"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [None, 1], ids=["all", "one"])
+def test_an_evaluation_that_fails_on_several_processes_is_logged(failing, arguments, tmp_path):
+    """Where the samples are set up, by all processes or by one; training goes on, and the next evaluation is made."""
+    path = tmp_path / "run"
+    arguments = [*arguments, "--run", str(path), "--eval.every", "2"]
+    broken = at("iwin_dit.evaluation.samples:SampledImages.__init__", 2, raises("no samples"), rank=failing)
+    result = run(arguments, ranks=2, fault=together(partial(in_folder, tmp_path), broken))
+    assert result.exitcodes == [0, 0], result.output
+    assert "there is no evaluation of step 2" in result.output
+    assert "rank 1 of 2 failed: RuntimeError: no samples" in result.output
+    assert list(values(path)) == [4]
+    assert checkpoints(path) == [2, 4]

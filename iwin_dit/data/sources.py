@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import find_classes
 
+from ..files import list_files
 from .images import EXTENSIONS, read_image
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ class ImageSource(Protocol):
 class ImageFolder:
     """A folder of class folders of images: `root/<class name>/**/*.png`.
 
-    Labels number the class folders in sorted order. Files that are not named as images are left alone, and counted in
-    a warning. The fingerprint is of the images' paths below `root` and their sizes.
+    Labels number the class folders in sorted order. Hidden files and folders are left alone, and links are followed.
+    Files that are not named as images are left alone, too, and counted in a warning. The fingerprint is of the images'
+    paths below `root` and their sizes.
 
     Args:
         root: The folder that holds the class folders.
@@ -85,10 +86,11 @@ class ImageFolder:
     def __init__(self, root: Path, part_size: int, class_names: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
             raise ValueError(f"expected a folder of class folders, got {root}, which is not a folder")
-        if not any(entry.is_dir() for entry in root.iterdir()):
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
             raise ValueError(f"expected class folders in {root} (root/<class name>/image.png), found no folder there")
-        names, _ = find_classes(str(root))
-        files = [(path, label) for label, name in enumerate(names) for path in _list_files(root / name)]
+        by_class = (sorted(list_files(root / name), key=os.path.split) for name in names)
+        files = [(path, label) for label, paths in enumerate(by_class) for path in paths]
         self._samples = [(path, label) for path, label in files if path.lower().endswith(EXTENSIONS)]
         empty = sorted(set(range(len(names))) - {label for _, label in self._samples})
         if empty:
@@ -115,12 +117,6 @@ class ImageFolder:
         """Yield the samples of one part, in the order of class and path."""
         for path, label in self._samples[part * self._part_size : (part + 1) * self._part_size]:
             yield Sample(path, label, partial(read_image, Path(path), path))
-
-
-def _list_files(folder: Path) -> Iterator[str]:
-    """Paths of the files below a folder that are not hidden, in the order of folder and name."""
-    for place, _, files in sorted(os.walk(folder, followlinks=True)):
-        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))  # noqa: PTH118
 
 
 def files_fingerprint(files: Iterable[tuple[str, int]]) -> str:

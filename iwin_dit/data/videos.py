@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import list_files
 from .images import EXTENSIONS, MAX_PIXELS, read_image
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -50,7 +51,7 @@ def list_clips(folder: Path) -> list[Path]:
     """Find the clips below a folder: its video files, and the subfolders that directly hold frame images.
 
     Args:
-        folder: Searched with its subfolders; what is hidden is left alone.
+        folder: Searched with its subfolders; what is hidden is left alone, links are followed.
 
     Returns:
         Video files and folders of frames, in the order of their paths.
@@ -62,11 +63,10 @@ def list_clips(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of clips, got {folder}, which is none")
     videos, with_frames = set(), set()
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.name.lower().endswith(VIDEO_EXTENSIONS) and path.is_file():
+    for path in map(Path, list_files(folder)):
+        if path.name.lower().endswith(VIDEO_EXTENSIONS):
             videos.add(path)
-        elif not hidden and path.name.lower().endswith(EXTENSIONS) and path.is_file():
+        elif path.name.lower().endswith(EXTENSIONS):
             with_frames.add(path.parent)
     if folder in with_frames:
         raise ValueError(f"expected clips in {folder}, got images: put the frames of every clip into its own folder")

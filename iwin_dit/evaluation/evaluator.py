@@ -20,6 +20,7 @@ from ..metrics.images import ImageSet
 from ..metrics.inputs import exact_float32
 from ..metrics.network import FeatureNetwork
 from ..metrics.processes import from_main, rank, world_size
+from ..metrics.result import environment
 from .networks import open_networks
 from .partial import Partial
 from .passes import EvaluationError, never, run_pass, settle
@@ -46,7 +47,8 @@ class Request:
         frames: Frames of a reference clip.
         stride: Frames of the file from one of those to the next.
         batch_size: Images per process at a time.
-        seed: Of KID's subsets and of the split that gives the floor.
+        seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, and
+            of the split that gives the floor.
 
     Raises:
         ValueError: The metrics don't exist or don't go together, or a number is out of range.
@@ -79,8 +81,9 @@ class Measurement:
     Attributes:
         values: Reported name to `value` and what belongs to it. Of Frechet distances: `raw`, before the value was
             clamped at 0, and, where it is known, `floor` with the `value` that `n` real images score `against` so many
-            others. Of `is` and `kid`: `std` over parts. Of `kid`: `subsets`, `subset_size`, `seed`. Of precision and
-            recall: `neighbours`, `n_real`.
+            others. Of `is`: `chunk`, the images of each, and `chunks`; where there are several, `std` over them. Of
+            `kid`: `std` over `subsets` of `subset_size`, and their `seed`. Of precision and recall: `neighbours`, and
+            `n_real`, the real images that they compare with.
         n_fake: Generated images.
         n_real: Real images; None where there are none, or the file of their statistics does not say.
         seconds: Time that this attempt took for its part of the generated images.
@@ -102,6 +105,14 @@ class Requested(Protocol):
 
     def request(self) -> dict[str, Any]:
         """Everything that decides the pixels of image i, ready for JSON."""
+
+
+@runtime_checkable
+class Clips(Protocol):
+    """Clips that were cut out of files: `frames` frames of each, `stride` apart."""
+
+    frames: int
+    stride: int
 
 
 class Evaluator:
@@ -157,6 +168,8 @@ class Evaluator:
     def request_for(self, images: ImageSet) -> dict[str, Any]:
         """Everything that decides the values of a set of images: equal requests give equal values; a collective.
 
+        The commit and the versions of torch and diffusers are part of it, as other code may give other values.
+
         Args:
             images: Images with a `request`, as `SampledImages` have it; others are read to be identified.
 
@@ -170,11 +183,13 @@ class Evaluator:
         if rank() == 0:
             try:
                 about = images.request() if isinstance(images, Requested) else images.record()
+                code = environment()
                 request = {
                     **self._describe(),
                     "metrics": sorted(self.request.metrics),
                     "reference": self._real.identify(),
                     "generated": {"n": len(images), **about},
+                    "code": {"commit": code["commit"], **{p: code["packages"][p] for p in ("torch", "diffusers")}},
                 }
                 request = json.loads(json.dumps(request, allow_nan=False))
             except Exception as raised:
@@ -182,6 +197,19 @@ class Evaluator:
         settle(error)
         plain: dict[str, Any] = from_main(request)
         return plain
+
+    def about_reference(self) -> dict[str, Any]:
+        """Say what is known of the reference before anything is read or hashed; no collective.
+
+        Returns:
+            `kind`, "images" or "statistics", None without a reference; `n` images and `image_size` [height, width],
+            None where a file does not say; `protocol` of its features, "not stated" where a file does not say, and
+            None where it plays no part.
+        """
+        about = self._real.about()
+        if about["kind"] == "images" and uses_protocol(self.request.metrics):
+            about["protocol"] = self.request.protocol  # by which they will be measured
+        return about
 
     def kept_bytes(self, n_fake: int) -> int:
         """Memory that the statistics of both sides take on every process.
@@ -193,7 +221,7 @@ class Evaluator:
             Bytes.
         """
         metrics, n_real = self.request.metrics, len(self._real.images or ())
-        sides = [(n_fake, False)] + [(n_real, True)] * bool(n_real)
+        sides = ((n_fake, False), (n_real, True))
         return sum(kept_bytes(metrics, self.networks, count, real=real) for count, real in sides)
 
     def prepare(self, n_fake: int, *, stopping: Callable[[], bool] = never, progress: bool = True) -> bool:
@@ -235,13 +263,14 @@ class Evaluator:
             The same on every process; None if it was stopped.
 
         Raises:
-            ValueError: There are fewer than two images.
+            ValueError: There are fewer than two images, or they are clips of other frames than the reference's.
             EvaluationError: A process failed. All raise it, with rank and cause in the text, and on that process the
                 error is its cause. A single process raises its error as it is.
         """
         n = len(images)
         if n < 2:
             raise ValueError(f"expected at least 2 generated images, got {n}")
+        self._check_frames(images)
         if any(METRICS[name].kind in ("kid", "pr") for name in self.request.metrics):
             logger.info("kid and pr keep features: %.0f MB on every process", self.kept_bytes(n) / 1e6)
         with exact_float32(self._device):
@@ -256,6 +285,17 @@ class Evaluator:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             return self._conclude(side, images, partial, len(pending), time.perf_counter() - started)
+
+    def _check_frames(self, images: ImageSet) -> None:
+        """Refuse clips that were cut otherwise than those of the reference."""
+        if "fvd" not in self.request.metrics or not isinstance(images, Clips):
+            return
+        frames, stride = self.request.frames, self.request.stride
+        if (images.frames, images.stride) != (frames, stride):
+            raise ValueError(
+                f"expected clips of {frames} frames at stride {stride}, as the reference's, got {images.frames} at "
+                f"stride {images.stride} in {images.name}"
+            )
 
     def _describe(self) -> dict[str, Any]:
         """What values depend on besides the images and the reference."""
@@ -338,6 +378,7 @@ class Evaluator:
             try:
                 for state in partial.earlier_states():
                     side.add_state(state)
+                    del state  # before the next one is read
             except Exception as raised:
                 error = raised
         settle(error)
@@ -367,7 +408,7 @@ class Evaluator:
                 "batch_size": self.request.batch_size,
                 "tf32": False,
                 "images_of_earlier_attempts": reused,
-                "seconds_for_generated": round(seconds, 3),
-                "images_per_second": round(speed, 3),
+                "seconds_for_generated": round(seconds, 3) if speed else None,  # of this attempt
+                "images_per_second": round(speed, 3) if speed else None,
             },
         }

@@ -30,6 +30,7 @@ _REQUEST = "request.json"
 _STATES = re.compile(r"attempt-(\d+)-rank-(\d+)\.safetensors")
 _INDICES = "indices"
 _MAX_SHARE = 0.1  # of the time that saving may take
+_NOTHING = object()  # in place of a value that is missing
 
 
 class Partial:
@@ -88,9 +89,8 @@ class Partial:
             ValueError: A file was damaged after `done` had read it.
         """
         for path in self._scan():
-            state = _read(path)
-            del state[_INDICES]
-            yield state
+            # Without a name here, so that a state can go before the next one is read.
+            yield {name: tensor for name, tensor in _read(path).items() if name != _INDICES}
 
     def next_attempt(self) -> int:
         """Number of this attempt, above those of all files there, damaged ones too."""
@@ -123,7 +123,7 @@ class Partial:
         if self._attempt is None:
             raise ValueError("expected begin(attempt) before save: the number names the file")
         started = time.monotonic()
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}  # no copy, nor in what follows
         tensors[_INDICES] = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         metadata = {"sha256": _digest(tensors)}
         path = self.folder / f"attempt-{self._attempt:04d}-rank-{rank():05d}.safetensors"
@@ -151,10 +151,10 @@ class Partial:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is broken ({error}): delete {self.folder}") from error
-        differences = list(_differences(found, self._request))
-        if differences:
+        differing = [line.removeprefix("request.") for line in differences(found, self._request)]
+        if differing:
             raise ValueError(
-                f"{self.folder} has a part of another evaluation ({'; '.join(differences)}): delete the folder, or "
+                f"{self.folder} has a part of another evaluation ({'; '.join(differing)}): delete the folder, or "
                 "give another --out"
             )
 
@@ -176,6 +176,30 @@ class Partial:
         return self._earlier
 
 
+def differences(there: Any, asked: Any, prefix: str = "") -> list[str]:
+    """Compare two JSON objects.
+
+    Args:
+        there: The one on the disk.
+        asked: The one that is asked for.
+        prefix: Put before the names.
+
+    Returns:
+        A line per value that differs, as "scheduler.config.shift is 1.0 there, 3.0 was asked for"; what one of them
+        does not have is "nothing".
+    """
+    if not isinstance(there, dict) or not isinstance(asked, dict):
+        return [] if there == asked else [f"{prefix or 'all'} is {_text(there)} there, {_text(asked)} was asked for"]
+    lines: list[str] = []
+    for key in sorted(there.keys() | asked.keys()):
+        lines += differences(there.get(key, _NOTHING), asked.get(key, _NOTHING), f"{prefix}.{key}".removeprefix("."))
+    return lines
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is _NOTHING else json.dumps(value)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """Read a file of statistics; a ValueError if it is not what was written."""
     try:
@@ -194,17 +218,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).numpy().tobytes())
+        digest.update(tensor.reshape(-1).numpy().data)
     return digest.hexdigest()
-
-
-def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
-    """Differences of two JSON values, each as `key: value there, not value here`."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted(there.keys() | here.keys()):
-            path = f"{key}.{name}" if key else name
-            yield from _differences(
-                there.get(name, "nothing"), here.get(name, "nothing"), path.removeprefix("request.")
-            )
-    elif there != here:
-        yield f"{key}: {json.dumps(there)} there, {json.dumps(here)} asked for"

@@ -18,17 +18,19 @@ from torch import Tensor
 from ..data.digits import Digits
 from ..data.sources import keyed_permutation
 from ..files import sha256
-from ..metrics.frechet import frechet_distance
 from ..metrics.images import ImageSet, ImageTensor, open_images
+from ..metrics.moments import Gaussian
 from ..metrics.network import FeatureNetwork
 from ..metrics.npz import array_names, open_archive
 from ..metrics.processes import rank
 from ..metrics.reference import REFERENCE_KEYS, Reference, load_reference
 from .passes import run_pass, settle
-from .suite import METRICS, Real, Side, extract, needs_reference
+from .suite import FULL_COUNT, METRICS, REAL_KEPT, Real, Side, distance, extract, needs_reference
 from .videos import VideoFiles
 
 logger = logging.getLogger(__name__)
+
+_KEPT_STREAM = 1  # of the seed: another draw than the split's
 
 
 class RealSide:
@@ -41,7 +43,8 @@ class RealSide:
         networks: The networks of the metrics, by name.
         device: Where the networks are.
         batch_size: Images per process at a time.
-        seed: Of the split by which the floor is measured.
+        seed: Of the split by which the floor is measured, and of the images that KID, precision and recall compare
+            with where there are more than 10,000.
         frames: Of clips.
         stride: Of clips.
 
@@ -90,7 +93,14 @@ class RealSide:
         elif _has_statistics(name):
             self.statistics, self.images = self._open_statistics(Path(name))
         else:
-            self.images = digits() if name == "digits" else open_images(Path(name), allow_jpeg=True)
+            self.images = digits() if name == "digits" else open_images(Path(name), allow_lossy=True)
+            if rank() == 0 and self._frechet and len(self.images) > FULL_COUNT:
+                logger.info(
+                    "%s has %d images, which every evaluation measures anew: `evaluate_fid.py reference` makes a file "
+                    "of their statistics once",
+                    name,
+                    len(self.images),
+                )
 
     @property
     def count(self) -> int | None:
@@ -103,7 +113,8 @@ class RealSide:
         """Measure the reference where it came as images, unless that is done; a collective.
 
         A seeded choice of `n_fake` of the images, at most half of them, is measured apart from the others: their
-        distance is the floor of a comparison of this size, and both parts together are the reference.
+        distance is the floor of a comparison of this size, and both parts together are the reference. Features for
+        KID, precision and recall are kept of all images, or of a seeded choice of 10,000.
 
         Args:
             n_fake: Number of generated images.
@@ -118,6 +129,7 @@ class RealSide:
         """
         if self._prepared is not None and self._prepared[0] == n_fake:
             return True
+        self._prepared = None  # that of another number goes before the memory is needed again
         if self.images is None:
             self._prepared = (n_fake, self._from_statistics())
             return True
@@ -126,8 +138,9 @@ class RealSide:
         n = min(n_fake, total // 2)
         if n < 2 or not frechet:
             n = 0  # too few for a covariance, and so for a floor
-        sides = [Side(frechet, self._networks, k, self._device, real=True) for k in (total - n, n)]
-        tables = Side(self._paired, self._networks, total, self._device, real=True)
+        counts = (total - n, n) if frechet else (0, 0)
+        sides = [Side(frechet, self._networks, k, self._device, real=True) for k in counts]
+        tables = Side(self._paired, self._networks, self._n_kept or 0, self._device, real=True)
         if not self._see(self.images, sides, tables, stopping=stopping, progress=progress):
             return False
         for part in (*sides, tables):
@@ -148,10 +161,31 @@ class RealSide:
         assert self._prepared is not None
         return self._prepared[1]
 
+    def about(self) -> dict[str, Any]:
+        """What is known of the reference without reading or hashing it: `kind`, `n`, `image_size`, `protocol`.
+
+        Returns:
+            `kind` is "images", "statistics" or None; `n` None where a file does not say; `image_size` [height, width]
+            or None where a file does not say; `protocol` that of the statistics, "not stated" where a file does not
+            say, and None where they have none and of images.
+        """
+        size = getattr(self.images, "size", None)  # which is no part of an image set, but all references have it
+        known = {"n": self.count, "image_size": None if size is None else list(size)}
+        if self.statistics is None:
+            return {"kind": None if self.images is None else "images", **known, "protocol": None}
+        provenance = self.statistics.provenance or {}
+        made_with = provenance.get("features", {}).get("inception", {})
+        return {
+            "kind": "statistics",
+            "n": self.count,
+            "image_size": provenance.get("image_size") or known["image_size"],
+            "protocol": made_with.get("protocol", "not stated") if "inception" in self._networks else None,
+        }
+
     def identify(self) -> dict[str, Any] | None:
         """What the reference is, ready for JSON; None where there is none. It is hashed at the first call."""
         if self._record is None and (self.statistics is not None or self.images is not None):
-            self._record = {"path": self.name, "n": self.count, **self._identify()}
+            self._record = {"path": self.name, **self._identify(), "n": self.count}
         return self._record
 
     def record(self) -> dict[str, Any] | None:
@@ -196,21 +230,27 @@ class RealSide:
         stopping: Callable[[], bool],
         progress: bool,
     ) -> bool:
-        """Add this process's share of the images to the tables, and each to one of the sides: a seeded choice."""
+        """Add this process's share of the images to the tables, and each to one of the sides: seeded choices."""
         total, n = len(images), sides[1].count
-        apart = np.zeros(total, dtype=bool)
-        apart[keyed_permutation(total, self._seed)[:n]] = True
+        kept = np.sort(keyed_permutation(total, self._seed, _KEPT_STREAM)[: tables.count])
+        order = keyed_permutation(total, self._seed)[: n + sides[0].count]
+        shares = []  # of each side: the places of the images in it, -1 of those that are not
+        for side, members in ((tables, kept), (sides[1], np.sort(order[:n])), (sides[0], np.sort(order[n:]))):
+            places = np.full(total, -1)
+            places[members] = np.arange(len(members))
+            shares.append((side, places))
+        pending = np.flatnonzero(np.any([places >= 0 for _, places in shares], axis=0))
 
         def work(batch: Tensor, indices: list[int]) -> None:
             features = extract(self._networks, batch)
-            tables.add(features, indices)
-            for side, chosen in zip(sides, (~apart[indices], apart[indices]), strict=True):
-                rows = torch.from_numpy(np.flatnonzero(chosen))
-                side.add({name: part[rows] for name, part in features.items()}, [indices[row] for row in rows.tolist()])
+            for side, places in shares:
+                rows = np.flatnonzero(places[indices] >= 0)
+                picked = torch.from_numpy(rows)
+                side.add({name: part[picked] for name, part in features.items()}, places[indices][rows].tolist())
 
         return run_pass(
             images,
-            range(total),
+            pending,
             self._batch_size,
             self._device,
             work,
@@ -228,38 +268,52 @@ class RealSide:
         for side in sides:
             side.check_complete()
         rest, apart = sides
-        floors = {
-            metric: {
-                "value": max(frechet_distance(rest.gaussian(metric), apart.gaussian(metric)), 0.0),
-                "n": apart.count,
-                "against": rest.count,
-            }
-            for metric in (self._frechet if apart.count else ())
-        }
-        rest.add_state(apart.state())
-        return Real({metric: rest.gaussian(metric) for metric in self._frechet}, paired, floors)
+        gaussians, floors = {}, {}
+        for metric in self._frechet:  # one after another, so that the memory of the parts goes
+            gaussians[metric] = rest.take_gaussian(metric)
+            if apart.count:
+                other = apart.take_gaussian(metric)
+                value = max(distance(metric, gaussians[metric], other), 0.0)
+                floors[metric] = {"value": value, "n": apart.count, "against": rest.count}
+                ddof = int(METRICS[metric].unbiased)
+                gaussians[metric] = _merge(gaussians[metric], rest.count, other, apart.count, ddof)
+        return Real(gaussians, paired, floors)
 
     def _identify(self) -> dict[str, Any]:
-        if self.statistics is None:
-            assert self.images is not None
-            return {"kind": "images", **self.images.record()}
-        path, provenance = self.statistics.path, self.statistics.provenance
-        made_with = (provenance or {"features": {}})["features"].get("inception", {})
         images = None if self.images is None else self.images.record()
+        kept = None if self._n_kept is None else {"n": self._n_kept, "of": len(self.images or ())}
+        if self.statistics is None:
+            assert images is not None
+            return {"kind": "images", **images, "images": kept}
         return {
-            "kind": "statistics",
-            "sha256": sha256(path),
-            "protocol": made_with.get("protocol", "not stated") if "inception" in self._networks else None,
-            "image_size": (provenance or images or {}).get("image_size"),
-            "images": images and {"n": len(self.images or ()), "image_size": images.get("image_size")},
-            "provenance": provenance,
+            **self.about(),
+            "sha256": sha256(self.statistics.path),
+            "images": kept and {**kept, "image_size": (images or {}).get("image_size")},
+            "provenance": self.statistics.provenance,
         }
+
+    @property
+    def _n_kept(self) -> int | None:
+        """Number of images that KID, precision and recall compare with; None where no metric does."""
+        return min(len(self.images), REAL_KEPT) if self._paired and self.images is not None else None
 
 
 def digits() -> ImageTensor:
     """The built-in digits, all of them."""
     source = Digits()
     return ImageTensor(torch.stack([source[i] for i in range(len(source))]), "digits")
+
+
+def _merge(first: Gaussian, n: int, second: Gaussian, m: int, ddof: int) -> Gaussian:
+    """Mean and covariance of two sets together, n and m vectors, by Chan's formula; the memory of `first` is reused.
+
+    Covariances are over the count less `ddof`.
+    """
+    deviation = second.mean - first.mean
+    over = n + m - ddof
+    covariance = first.covariance.mul_((n - ddof) / over).add_(second.covariance, alpha=(m - ddof) / over)
+    covariance.addr_(deviation, deviation, alpha=n * m / (n + m) / over)
+    return Gaussian(first.mean + deviation * (m / (n + m)), covariance)
 
 
 def _has_statistics(name: str) -> bool:

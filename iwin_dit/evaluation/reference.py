@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import itertools
 import logging
-import os
 import struct
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from ..data.images import EXTENSIONS, BrokenImageError, centre_crop, read_image
 from ..data.sources import ImageSource, Sample, count_parts, files_fingerprint, open_source
+from ..files import list_files
 from ..metrics.frechet import frechet_distance
 from ..metrics.moments import Gaussian, Moments
 from ..metrics.network import FeatureNetwork
@@ -45,7 +45,8 @@ _SENT = 64  # kept images that the processes put together at a time
 class FlatFolder:
     """All images of a folder and its subfolders as an `ImageSource` of one class, whatever the folders mean.
 
-    The order is that of folder and name. Hidden files are left alone; so are files not named as images, and counted.
+    The order is that of folder and name. Hidden files and folders are left alone; so are files not named as images, and
+    counted. Links are followed.
 
     Args:
         root: The folder.
@@ -60,8 +61,7 @@ class FlatFolder:
     def __init__(self, root: Path, part_size: int = PART_SIZE) -> None:
         if not root.is_dir():
             raise ValueError(f"expected a folder of images, got {root}, which is not a folder")
-        walk = sorted((Path(place), files) for place, _, files in os.walk(root, followlinks=True))
-        files = [place / name for place, names in walk for name in sorted(names) if not name.startswith(".")]
+        files = sorted(map(Path, list_files(root)), key=lambda path: (path.parent, path.name))
         self._paths = [path for path in files if path.name.lower().endswith(EXTENSIONS)]
         if not self._paths:
             raise ValueError(f"no images ({', '.join(EXTENSIONS)}) in {root} or its subfolders")
@@ -150,7 +150,7 @@ def make_reference(
         resolution: R; images are halved, resized and centre-cropped to it as by ADM's data loader.
         keep_images: How many images to keep in the file, for precision, recall and KID; 0 keeps none, and a smaller
             source is kept whole. They are a seeded choice, in random order.
-        seed: Of that choice, and of the two halves whose distance is the floor.
+        seed: Of that choice, and of the two halves whose distance is the floor: each image draws one.
         batch_size: Images per process at a time.
         max_broken: How many images may be broken, which are then left out and named in the provenance.
         device: Where the networks are.
@@ -215,7 +215,7 @@ class _Scan:
         self.seed, self.batch_size, self.max_broken, self.device = seed, batch_size, max_broken, device
         widths = {name: width for network in networks.values() for name, width in network.widths.items()}
         kept_on = "cpu" if device.type == "mps" else device  # which has no float64
-        # Of each half of the images, whose distance is the floor.
+        # Of two random halves of the images, about one size, whose distance is the floor.
         self.moments = {
             name: (Moments(width, kept_on), Moments(width, kept_on))
             for name, width in widths.items()
@@ -304,13 +304,19 @@ class _Scan:
         return images
 
     def statistics(self) -> tuple[dict[str, Gaussian], dict[str, Any]]:
-        """Mean and covariance by features, of all images; and what one half scores against the other."""
+        """Mean and covariance by features, of all images; and what one half scores against the other.
+
+        There is no such score where one of the halves came out with fewer than two of a handful of images.
+        """
         gaussians, floor = {}, {}
+        if self.count < 4:
+            raise ValueError(f"expected at least 4 images in {self.source.description}, got {self.count}")
         for name, (first, second) in self.moments.items():
             if min(first.count, second.count) < 2:
-                raise ValueError(f"expected at least 4 images in {self.source.description}, got {self.count}")
-            distance = frechet_distance(first.gaussian(), second.gaussian())
-            floor[name] = {"value": max(distance, 0.0), "n": first.count, "against": second.count}
+                logger.warning("no floor of %s: %d images are too few for two random halves", name, self.count)
+            else:
+                distance = frechet_distance(first.gaussian(), second.gaussian())
+                floor[name] = {"value": max(distance, 0.0), "n": first.count, "against": second.count}
             total = Moments(len(first.mean), first.mean.device)
             for half in (first, second):
                 total.add_state(half.state())
@@ -361,8 +367,9 @@ class _Scan:
     def _measure(self, batch: list[_Image]) -> None:
         """Add a batch to the statistics, each image to those of its half."""
         images = torch.from_numpy(np.stack([image.pixels for image in batch])).to(self.device).permute(0, 3, 1, 2)
-        # Of two neighbours one belongs to either half, so that both are of one size, whatever the number of processes.
-        second = torch.tensor([(i.row + _draw(b"half", self.seed, i.part, i.row // 2)) % 2 == 1 for i in batch])
+        # Each image for itself, whatever the number of processes: halves that shared neighbours out, which are of one
+        # class in class folders, would be more alike than two random samples are.
+        second = torch.tensor([_draw(b"half", self.seed, i.part, i.row) % 2 == 1 for i in batch])
         for network in self.networks.values():
             for name, features in network(images).items():
                 if name in self.moments:

@@ -3,24 +3,44 @@
 Must not know how it was measured.
 """
 
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
 from ..metrics.result import environment
 from .evaluator import Measurement
-from .suite import FULL_COUNT, METRICS, needs_reference, reported_names
+from .suite import CHUNK, FULL_COUNT, METRICS, REAL_KEPT, needs_reference, reported_names
+
+_FEW_FOR_KID = 2000  # images, of which its subsets of 1000 are nearly all
 
 
-def write_report(measurement: Measurement, path: Path) -> None:
-    """Write the JSON, whole or not at all.
+def write_report(
+    measurement: Measurement, path: Path, request: Mapping[str, Any], *, wall_seconds: float | None = None
+) -> Path | None:
+    """Write the JSON, whole or not at all. Another result that is there is moved aside, and never lost.
 
     Args:
         measurement: What was measured.
-        path: File to write or replace.
+        path: File to write; replaced where it has a result of the same request.
+        request: Everything that decides the values.
+        wall_seconds: Of the whole command.
+
+    Returns:
+        Where the result that was there is now; None where there was none, or one of the same request.
     """
-    write_json(path, content(measurement))
+    result = {**content(measurement), "request": dict(request)}
+    if wall_seconds is not None:
+        result["run"] = {**result["run"], "wall_seconds": round(wall_seconds, 3)}
+    aside = None
+    if path.exists() and _request_in(path) != json.loads(json.dumps(request)):
+        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        aside = next(place for place in numbered if not place.exists())
+        path.rename(aside)
+    write_json(path, result)
+    return aside
 
 
 def content(measurement: Measurement) -> dict[str, Any]:
@@ -54,7 +74,31 @@ def warnings(measurement: Measurement) -> list[str]:
     Returns:
         A sentence each.
     """
-    return [*_about_counts(measurement), *_about_reference(measurement), *_about_values(measurement)]
+    reference, generated = measurement.record["reference"], measurement.record["generated"]
+    sizes = early_warnings(reference or {}, generated["image_size"], measurement.record["protocol"])
+    about_counts = (_about_counts, _about_real_counts, _about_chunks)
+    return [*(line for about in about_counts for line in about(measurement)), *sizes, *_about_values(measurement)]
+
+
+def early_warnings(reference: Mapping[str, Any], image_size: Sequence[int], protocol: str | None) -> list[str]:
+    """Say what the two sides may not have in common, which is known before the work.
+
+    Args:
+        reference: Its `path`, `image_size` and `protocol`, as far as they are known.
+        image_size: Of the generated images, height and width.
+        protocol: By which they are measured.
+
+    Returns:
+        A sentence each, as `warnings` has them too.
+    """
+    found, size = [], reference.get("image_size")
+    if size is not None and list(size) != list(image_size):
+        found.append(
+            f"the reference images are {list(size)}, the generated ones {list(image_size)} pixels (height, width)"
+        )
+    if reference.get("protocol") == "not stated":
+        found.append(f"{reference['path']} does not say by which protocol it was made; it is taken for {protocol!r}")
+    return found
 
 
 def metric_of(reported: str, n_fake: int) -> str:
@@ -80,7 +124,9 @@ def _settings(measurement: Measurement, metric: str, name: str) -> str:
     samples, protocol = f"{measurement.n_fake} samples", measurement.record["protocol"]
     if needs_reference(metric):
         path = str(measurement.record["reference"]["path"])
-        samples += f" vs {Path(path).name if path.endswith('.npz') else f'{measurement.n_real} real'}"
+        known = [Path(path).name] * path.endswith(".npz")
+        known += [] if measurement.n_real is None else [f"{measurement.n_real} real"]
+        samples += f" vs {', '.join(known)}"
     return ", ".join([samples, *([f"protocol {protocol}"] if METRICS[metric].protocols else []), name])
 
 
@@ -112,19 +158,45 @@ def _about_counts(measurement: Measurement) -> Iterator[str]:
         yield f"papers report {FULL_COUNT} samples: {', '.join(few)} compare only with values of {n} samples"
 
 
-def _about_reference(measurement: Measurement) -> Iterator[str]:
-    """What the two sides may not have in common."""
-    reference, generated = measurement.record["reference"], measurement.record["generated"]
-    if reference is None:
-        return
-    sizes = reference.get("image_size"), generated["image_size"]
-    if sizes[0] is not None and list(sizes[0]) != list(sizes[1]):
-        yield f"the reference images are {sizes[0]}, the generated ones {sizes[1]} pixels (height, width)"
-    if reference.get("protocol") == "not stated":
+def _about_real_counts(measurement: Measurement) -> Iterator[str]:
+    """Fewer real images than published values have, or another number where the value depends on it."""
+    reference = measurement.record["reference"] or {}
+    kept = (reference.get("images") or {}).get("n", measurement.n_real)  # of a file with statistics and images
+    few = []
+    for name, metric, entry in _reported(measurement):
+        kind = METRICS[metric].kind
+        if kind == "pr" and entry.get("n_real", REAL_KEPT) != REAL_KEPT:
+            yield f"{name} is against {entry['n_real']} real images and depends on it: papers take {REAL_KEPT}"
+        if kind == "kid":
+            for side, n in (("samples", measurement.n_fake), ("real images", kept)):
+                if n is not None and n < _FEW_FOR_KID:
+                    yield f"{name}: its subsets are drawn from {n} {side}, expected at least {_FEW_FOR_KID}"
+        if kind == "frechet" and METRICS[metric].protocols and (measurement.n_real or FULL_COUNT) < FULL_COUNT:
+            few.append(name)
+    if few:
         yield (
-            f"{reference['path']} does not say by which protocol it was made; it is taken for "
-            f"{measurement.record['protocol']!r}"
+            f"papers take whole data sets as reference: {', '.join(few)} compare only with values against these "
+            f"{measurement.n_real} real images"
         )
+
+
+def _about_chunks(measurement: Measurement) -> Iterator[str]:
+    n = measurement.n_fake
+    for name, metric, _ in _reported(measurement):
+        if METRICS[metric].kind == "is" and n > CHUNK and n % CHUNK:
+            yield (
+                f"{name} is a mean over chunks of {CHUNK} images, of which the last has {n % CHUNK} only: expected a "
+                "multiple"
+            )
+
+
+def _request_in(path: Path) -> Any:
+    """What the result in a file was made from; None where it does not say."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return result.get("request") if isinstance(result, dict) else None
 
 
 def _about_values(measurement: Measurement) -> Iterator[str]:

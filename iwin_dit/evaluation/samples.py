@@ -31,6 +31,10 @@ SCHEDULERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Images of one seed at most, and seeds: torch's generator on the CPU tells 32 bits apart and no more.
+MAX_COUNT, MAX_SEED = 2**20, 2**12
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; None takes the pipeline's own value.
@@ -43,10 +47,10 @@ class Sampling:
         scheduler: A name of `SCHEDULERS`.
         labels: "balanced": image i has class i mod the number of classes; "random": a class drawn by (seed, i), as
             DiT's published samples had.
-        seed: At least 0; the noise of image i is drawn with seed + i.
+        seed: In [0, 4096); the noise of image i comes from `generator_seed(seed, i)`.
 
     Raises:
-        ValueError: If `labels` is another word, or the seed is negative.
+        ValueError: If `labels` is another word, or the seed is out of range.
     """
 
     steps: int | None = None
@@ -60,8 +64,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.labels not in get_args(Labels):
             raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, got {self.labels!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed must be at least 0 and less than 2**63, got {self.seed}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"the seed must be at least 0 and less than {MAX_SEED}, got {self.seed}")
 
 
 class SampledImages:
@@ -69,7 +73,7 @@ class SampledImages:
 
     Args:
         pipe: Samples the images, on the device and in the precision that it has; settings stay as they are now.
-        count: Number of images.
+        count: Number of images, at most `MAX_COUNT`.
         sampling: How.
         about: JSON that identifies the pipeline's weights, as `pipelines.loading.identify` gives it.
 
@@ -80,7 +84,8 @@ class SampledImages:
         image_size: Height and width in pixels.
 
     Raises:
-        ValueError: If the pipeline makes no images, the scheduler does not fit the model, or a setting is out of range.
+        ValueError: If the pipeline makes no images, the scheduler does not fit the model or the steps, or a setting is
+            out of range.
     """
 
     prefetch = False
@@ -88,6 +93,8 @@ class SampledImages:
     def __init__(self, pipe: IwinDiTPipeline, count: int, sampling: Sampling, about: Mapping[str, Any]) -> None:
         if pipe.codec is None:
             raise ValueError("the pipeline has no VAE, so there are latents but no images to score: add a VAE to it")
+        if count > MAX_COUNT:
+            raise ValueError(f"expected at most {MAX_COUNT} images, which have noise of their own, got {count}")
         self.pipe, self.count, self.sampling, self.about = pipe, count, sampling, dict(about)
         self.num_classes: int = pipe.transformer.config.num_classes
         self.settings = _call_settings(pipe, sampling)
@@ -101,7 +108,7 @@ class SampledImages:
             self._timesteps = pipe.set_timesteps(steps, None).tolist()
         sigmas = getattr(self.scheduler, "sigmas", None)  # DDPM and DDIM have none
         self._sigmas = None if sigmas is None else sigmas.tolist()
-        self.name = self._describe()
+        self.name = describe(self.request())
 
     def __len__(self) -> int:
         return self.count
@@ -119,7 +126,7 @@ class SampledImages:
             FloatingPointError: If the latents or pixels of one are not finite.
         """
         # Noise from the CPU, so that every device starts from the same.
-        generators = [torch.Generator().manual_seed(self.sampling.seed + i) for i in indices]
+        generators = [torch.Generator().manual_seed(generator_seed(self.sampling.seed, i)) for i in indices]
         with self._scheduler_in_use():
             (images,) = self.pipe(
                 self.labels(indices), **self.settings, generator=generators, output_type="pt", return_dict=False
@@ -146,14 +153,16 @@ class SampledImages:
             "random": f"random: floor({self.num_classes} u), u the first number of Philox4x64 keyed by (seed, i)",
         }
         config = json.loads(self.scheduler.to_json_string(), parse_constant=str)  # some hold -Infinity, no JSON
+        model = json.loads(self.pipe.transformer.to_json_string())  # weights alone do not say how they are used
         request = {
             **{key: value for key, value in self.about.items() if key != "path"},
             "image_size": self.image_size,
+            "transformer": {key: value for key, value in model.items() if not key.startswith("_")},
             "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
             "vae": self._vae,
             "labels": rules[self.sampling.labels],
             "seed": self.sampling.seed,
-            "noise": "torch.Generator on the CPU, seed + i",
+            "noise": f"torch.Generator on the CPU, seed * {MAX_COUNT} + i",
             "rounding": "round(255 x)",
             **self.settings,
             "scheduler": {"class": type(self.scheduler).__name__, "config": config},
@@ -166,7 +175,7 @@ class SampledImages:
         return {
             **self.about,
             **self.request(),
-            "seeds": [self.sampling.seed, self.sampling.seed + self.count - 1],
+            "seeds": [generator_seed(self.sampling.seed, i) for i in (0, self.count - 1)],
             "timesteps": self._timesteps,
             "sigmas": self._sigmas,
         }
@@ -180,17 +189,42 @@ class SampledImages:
         finally:
             self.pipe.scheduler = own
 
-    def _describe(self) -> str:
-        steps, scale, (low, high), channels = self.settings.values()
-        words = [f"guidance {scale:g}"]
-        if scale > 1 and (low, high) != (0, 1):
-            words[0] += f" in [{low:g}, {high:g}]"
-        if scale > 1 and channels is not None:
-            words[0] += f" on {channels} channels"
-        words += [f"{steps} steps", type(self.scheduler).__name__.removesuffix("Scheduler")]
-        words += ["random labels"] * (self.sampling.labels == "random")
-        words += ["raw weights"] * (self.about.get("weights") == "raw")
-        return ", ".join(words)
+
+def describe(request: Mapping[str, Any]) -> str:
+    """Say the settings that a number must not be without.
+
+    Args:
+        request: `SampledImages.request`, or what was read of one.
+
+    Returns:
+        As "guidance 1.5, 250 steps, DDIM".
+
+    Raises:
+        KeyError: It is no such request; a TypeError or ValueError likewise.
+    """
+    scale, (low, high), channels = (request[f"guidance_{name}"] for name in ("scale", "interval", "channels"))
+    words = [f"guidance {scale:g}"]
+    if scale > 1 and (low, high) != (0, 1):
+        words[0] += f" in [{low:g}, {high:g}]"
+    if scale > 1 and channels is not None:
+        words[0] += f" on {channels} channels"
+    words += [f"{request['num_inference_steps']} steps", request["scheduler"]["class"].removesuffix("Scheduler")]
+    words += ["random labels"] * request["labels"].startswith("random")
+    words += ["raw weights"] * (request.get("weights") == "raw")
+    return ", ".join(words)
+
+
+def generator_seed(seed: int, index: int) -> int:
+    """Seed of the generator that an image's noise comes from: no two sets of images have one in common.
+
+    Args:
+        seed: Of the set of images.
+        index: Of the image.
+
+    Returns:
+        `seed * MAX_COUNT + index`; of seed 0 the index, as `sample.py --seeds` takes it.
+    """
+    return seed * MAX_COUNT + index
 
 
 def build_scheduler(pipe: IwinDiTPipeline, name: str | None) -> SchedulerMixin:

@@ -1,35 +1,41 @@
 """Keeping the samples that are scored: PNG files by index, or one .npz as ADM's evaluator reads it.
 
 What is kept is not sampled again: both are image sets around `SampledImages` that read an image from the disk where it
-lies there, and sample and store it where it doesn't. Must not know metrics.
+lies there, and sample and store it where it doesn't. With them lie the settings, by which the images are known when
+they are measured later. Must not know metrics.
 
 Letters: B batch, N images, H W image axes.
 """
 
+import contextlib
 import json
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
 from ..files import write_durably, write_json
-from ..metrics.images import ImageSet
-from ..metrics.processes import from_main, rank, world_size
-from .evaluator import Evaluator
+from ..metrics.images import ImageArray, ImageFiles, ImageZip
+from ..metrics.npz import array_names, explain_damage, open_archive, read_array
+from ..metrics.processes import rank, world_size
+from .partial import differences
 from .passes import settle
-from .samples import SampledImages
+from .samples import SampledImages, describe
 
 _SETTINGS = "sampling.json"
 _ROWS = "rows.bin"
 _CHECK = 4  # bytes after each image in it
+_MAX_SETTINGS = 2**24  # bytes of settings in an .npz, which anyone may have written
+SETTINGS_KEY = "sampling"  # in an .npz: the settings, as JSON in a unicode scalar
 
 
 def claim(path: Path, request: Mapping[str, Any]) -> None:
@@ -40,63 +46,130 @@ def claim(path: Path, request: Mapping[str, Any]) -> None:
         request: Everything that decides their content.
 
     Raises:
-        ValueError: If they were made from something else; the message lists the differences.
+        ValueError: If they were made from something else, with the differences; or the file is damaged.
     """
     if not path.is_file():
         write_json(path, request)
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    found = differences(there, request)
+    found = differences(_read_settings(path), json.loads(json.dumps(request)))
     if found:
         raise ValueError(f"{path.parent} was made with other settings: {'; '.join(found)}. Delete it or name another")
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Compare two JSON objects.
+@contextlib.contextmanager
+def used_alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep a second evaluation, started by mistake, away from what a first one leaves in folders on its way.
 
     Args:
-        there: The one on the disk.
-        asked: The one that is asked for.
-        prefix: Put before the names.
+        folders: Such as `<out>.partial`; the lock is a file beside each, which is removed at the end.
 
-    Returns:
-        A line per value that differs, as "scheduler.config.shift is 1.0 there, 3.0 was asked for".
-    """
-    lines: list[str] = []
-    for key in sorted(there.keys() | asked.keys()):
-        old, new = there.get(key), asked.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key} is {json.dumps(old)} there, {json.dumps(new)} was asked for")
-    return lines
-
-
-def statistics_request(evaluator: Evaluator, images: ImageSet) -> dict[str, Any]:
-    """Say what decides the statistics of generated images, for `Partial`; a collective.
-
-    Args:
-        evaluator: Measures them.
-        images: Samples, or files, which the main process reads to identify them.
-
-    Returns:
-        JSON.
+    Yields:
+        Nothing.
 
     Raises:
-        EvaluationError: A process of several failed; a single one raises its error.
+        ValueError: Another process holds one of them.
     """
-    samples = images.images if isinstance(images, KeptSamples) else images
-    if isinstance(samples, SampledImages):
-        return evaluator.request_for(samples)
-    about: dict[str, Any] | None = None
-    error: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                raise ValueError(
+                    f"another evaluation is writing {folder}: wait for it, stop it, or write this one elsewhere"
+                ) from error
+            stack.callback(lock.release)
+            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)  # before the release: while it is ours
+        yield
+
+
+def find_settings(path: Path) -> dict[str, Any] | None:
+    """Read how images were sampled, where `SavedImages` or `SavedArray` kept them.
+
+    Args:
+        path: Folder or .npz of images.
+
+    Returns:
+        `SampledImages.request`; None where the images came without.
+
+    Raises:
+        ValueError: What lies there is damaged.
+    """
+    if path.is_dir():
+        settings = _read_settings(path / _SETTINGS) if (path / _SETTINGS).is_file() else None
+    else:
+        settings = _archived_settings(path) if path.suffix.lower() == ".npz" else None
+    if settings is not None:
+        try:
+            describe(settings)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} has no settings of samples that can be read ({error!r})") from error
+    return settings
+
+
+class StoredSamples:
+    """Generated images that are on the disk, an `ImageSet`, with what is known of how they were sampled.
+
+    Args:
+        images: The images.
+        settings: What `find_settings` found.
+
+    Attributes:
+        name: Place and settings.
+        prefetch: As of the images.
+        image_size: Height and width in pixels.
+    """
+
+    def __init__(self, images: ImageFiles | ImageZip | ImageArray, settings: Mapping[str, Any] | None) -> None:
+        self.images, self.settings, self.prefetch = images, settings, images.prefetch
+        self.image_size = list(images.size)
+        known = "settings of the samples not known" if settings is None else describe(settings)
+        self.name = f"{images.name}, {known}"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Read some of the images, as the set itself does.
+
+        Args:
+            indices: Which ones, B of them.
+
+        Returns:
+            `(B, 3, H, W)` uint8.
+        """
+        return self.images.read(indices)
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the set, and its settings as `sampling`, None where they are not known."""
+        return {**self.images.record(), "sampling": self.settings and dict(self.settings)}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A file of settings, which must be a JSON object."""
+    return _settings_in(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def _archived_settings(path: Path) -> dict[str, Any] | None:
+    """The settings in an .npz; None where it has none."""
+    with open_archive(path) as archive:
+        if SETTINGS_KEY not in array_names(archive):
+            return None
+        with explain_damage(f"{path} has a damaged '{SETTINGS_KEY}'"):
+            if archive.getinfo(f"{SETTINGS_KEY}.npy").file_size > _MAX_SETTINGS:
+                raise ValueError(f"expected at most {_MAX_SETTINGS} bytes of it")
+            text = read_array(archive, SETTINGS_KEY, (), "U").item()
+    return _settings_in(text, path)
+
+
+def _settings_in(text: str, path: Path) -> dict[str, Any]:
     try:
-        about = images.record() if rank() == 0 else None
-    except Exception as raised:
-        error = raised
-    settle(error)
-    features = {name: network.describe() for name, network in evaluator.networks.items()}
-    return {"metrics": sorted(evaluator.request.metrics), "features": features, "generated": from_main(about)}
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: expected settings of samples as JSON, got {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: expected settings of samples as a JSON object, got {text[:40]!r}")
+    return settings
 
 
 class KeptSamples:
@@ -109,12 +182,13 @@ class KeptSamples:
     Attributes:
         name: Of the samples.
         prefetch: False, as of the samples.
+        image_size: Height and width in pixels.
     """
 
     prefetch = False
 
     def __init__(self, images: SampledImages, path: Path) -> None:
-        self.images, self.path, self.name = images, path, images.name
+        self.images, self.path, self.name, self.image_size = images, path, images.name, images.image_size
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,6 +214,10 @@ class KeptSamples:
             self._store(rows)
             found |= rows
         return torch.from_numpy(np.stack([found[index] for index in indices])).permute(0, 3, 1, 2)
+
+    def request(self) -> dict[str, Any]:
+        """What decides the pixels: that of the samples, kept or not."""
+        return self.images.request()
 
     def record(self) -> dict[str, Any]:
         """What the JSON of a result says of the images."""
@@ -223,7 +301,9 @@ class SavedImages(KeptSamples):
 
 
 class SavedArray(KeptSamples):
-    """Samples as one .npz: `arr_0` uint8 `(N, H, W, 3)` as ADM's evaluator reads it, and `arr_1` with the labels.
+    """Samples as one .npz: `arr_0` uint8 `(N, H, W, 3)` as ADM's evaluator reads it, `arr_1` the labels.
+
+    A third array, `sampling`, holds the settings; a file that is there already is read where they are these.
 
     Until `finish`, the images lie in the folder `<file>.partial`, to which all processes write by index; each is
     followed by a checksum, so that one half written counts as missing. The archive is stored, not compressed, and there
@@ -231,20 +311,30 @@ class SavedArray(KeptSamples):
 
     Args:
         images: The samples.
-        file: The .npz, replaced where it exists. With several machines, on a file system that they share.
+        file: The .npz. With several machines, on a file system that they share.
 
     Raises:
-        ValueError: If `<file>.partial` is of other samples.
+        ValueError: If the file or `<file>.partial` is of other samples, or there is no room for them.
     """
 
     def __init__(self, images: SampledImages, file: Path) -> None:
         super().__init__(images, file)
-        self._folder = file.with_name(f"{file.name}.partial")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        claim(self._folder / _SETTINGS, {**images.request(), "count": len(images)})
-        (self._folder / _ROWS).touch()
         self._shape = (*images.image_size, 3)
         self._bytes = int(np.prod(self._shape))
+        self._settings = {**images.request(), "count": len(images)}
+        self._folder = self.folder_of(file)
+        self._whole = self._open_whole() if file.exists() else None
+        if self._whole is not None:
+            return
+        self._check_space()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        claim(self._folder / _SETTINGS, self._settings)
+        (self._folder / _ROWS).touch()
+
+    @staticmethod
+    def folder_of(file: Path) -> Path:
+        """Where the images lie until the .npz is written."""
+        return file.with_name(f"{file.name}.partial")
 
     def finish(self, batch_size: int) -> None:
         """As `KeptSamples.finish`; then the main process writes the archive and removes what it was made from.
@@ -258,13 +348,33 @@ class SavedArray(KeptSamples):
         """
         super().finish(batch_size)
         if rank() == 0:
-            write_durably(self.path, self._pack)
-            shutil.rmtree(self._folder)
+            if self._whole is None:
+                write_durably(self.path, self._pack)
+            shutil.rmtree(self._folder, ignore_errors=self._whole is not None)
+
+    def _open_whole(self) -> ImageArray:
+        """Open the .npz that is there, if it has these samples."""
+        there = _archived_settings(self.path)
+        if there is None:
+            raise ValueError(f"{self.path} does not say how its images were sampled: move it, or name another")
+        found = differences(there, self._settings)
+        if found:
+            raise ValueError(f"{self.path} was made with other settings: {'; '.join(found)}. Move it or name another")
+        return ImageArray(self.path)
+
+    def _check_space(self) -> None:
+        rows = self._folder / _ROWS
+        needed = 2 * len(self) * self._bytes - (rows.stat().st_size if rows.is_file() else 0)
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise ValueError(f"{self.path} takes {needed} bytes until it is written, and {free} are free there")
 
     def _has(self, index: int) -> bool:
-        return index in self._load([index])
+        return self._whole is not None or index in self._load([index])
 
     def _load(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        if self._whole is not None:
+            return dict(zip(indices, self._whole.read(indices).permute(0, 2, 3, 1).numpy(), strict=True))
         found = {}
         with (self._folder / _ROWS).open("rb") as file:  # opened anew: what other machines wrote is seen only then
             for index in indices:
@@ -298,6 +408,9 @@ class SavedArray(KeptSamples):
                     file.write(found[index].tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels, version=(1, 0), allow_pickle=False)
+            settings = np.array(json.dumps(self._settings))  # ASCII, so that any reader's unicode will do
+            with archive.open(zipfile.ZipInfo(f"{SETTINGS_KEY}.npy"), "w") as file:
+                np.lib.format.write_array(file, settings, version=(1, 0), allow_pickle=False)
 
 
 def _checksum(content: bytes, index: int) -> bytes:

@@ -25,6 +25,8 @@ FULL_COUNT = 50_000  # images from which on a metric carries its plain name, as 
 CHUNK = 5000  # consecutive images of the inception score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
+REAL_KEPT = 10_000  # real images of KID, precision and recall, as many as ADM's reference files have
+_ROUNDING = 1e-3  # of a Frechet distance, at most, beside the traces of its covariances
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,14 @@ def kept_bytes(metrics: Sequence[str], networks: Mapping[str, FeatureNetwork], c
         real: Whether this is the reference.
 
     Returns:
-        Bytes. Frechet distances take `8 D (D + 1)`; KID, precision and recall, which need every image's features,
-        `4 D` per image; the inception score `8 D` per 5,000 images.
+        Bytes. Frechet distances take `8 D (D + 1)`; KID, precision and recall, which need features image by image,
+        `4 D` per image, of real ones at most 10,000; the inception score `8 D` per 5,000 images.
     """
+    rows = min(count, REAL_KEPT) if real else count
     total = 0
     for kind, (network, features) in _kept(metrics, real=real):
         D = networks[network].widths[features]
-        total += {"moments": 8 * D * (D + 1), "table": 4 * D * count, "score": 8 * D * math.ceil(count / CHUNK)}[kind]
+        total += {"moments": 8 * D * (D + 1), "table": 4 * D * rows, "score": 8 * D * math.ceil(count / CHUNK)}[kind]
     return total
 
 
@@ -272,16 +275,19 @@ class Side:
             if moments.count != self.count:
                 raise ValueError(f"expected {self.count} images, got the {name} features of {moments.count}")
 
-    def gaussian(self, metric: str) -> Gaussian:
-        """Mean and covariance of a Frechet distance's features.
+    def take_gaussian(self, metric: str) -> Gaussian:
+        """Mean and covariance of a Frechet distance's features; what they are computed from is freed.
 
         Args:
-            metric: A key of `METRICS`.
+            metric: A key of `METRICS`, once.
 
         Returns:
             Both, with the covariance that the metric is defined by.
+
+        Raises:
+            ValueError: There are fewer than two images, or features are not finite.
         """
-        return self._moments[METRICS[metric].features].gaussian(unbiased=METRICS[metric].unbiased)
+        return self._moments.pop(METRICS[metric].features).gaussian(unbiased=METRICS[metric].unbiased)
 
     def table(self, metric: str) -> Tensor:
         """Features of all images of KID, precision and recall, `(count, D)`; a ValueError unless each came once."""
@@ -291,9 +297,9 @@ class Side:
         """Move a table to where the networks are, but for MPS; all pairs of images are work for an accelerator."""
         return table.to(self._kept_on)
 
-    def score(self, metric: str) -> tuple[float, float]:
-        """Inception score: mean and standard deviation over chunks; a ValueError unless all images came."""
-        return self._scores[METRICS[metric].features].score()
+    def score(self, metric: str) -> InceptionScore:
+        """What the inception score is computed from."""
+        return self._scores[METRICS[metric].features]
 
     def _all(self) -> dict[str, Moments | FeatureTable | InceptionScore]:
         """Everything that is kept, in the same order on every process."""
@@ -310,7 +316,7 @@ class Real:
 
     Attributes:
         gaussians: Of each Frechet distance.
-        tables: `(N, D)` features for KID, precision and recall, N real images.
+        tables: `(N, D)` features for KID, precision and recall, N real images, at most `REAL_KEPT`.
         floors: What real images score against real images, of each Frechet distance where it is known: `value`, `n`
             images `against` so many others.
     """
@@ -320,21 +326,45 @@ class Real:
     floors: Mapping[str, Mapping[str, Any]]
 
 
+def distance(metric: str, real: Gaussian, fake: Gaussian) -> float:
+    """Compute a Frechet distance, and refuse one that cannot be.
+
+    Args:
+        metric: For the message, a key of `METRICS`.
+        real: Of the reference.
+        fake: Of the generated images, or of other real ones.
+
+    Returns:
+        The raw value, which rounding may have made slightly negative.
+
+    Raises:
+        ValueError: It is more negative than rounding makes it, so one of the covariances is none.
+    """
+    raw = frechet_distance(real, fake)
+    scale = (real.covariance.trace() + fake.covariance.trace()).item()
+    if raw < -_ROUNDING * max(1.0, scale):
+        raise ValueError(
+            f"{metric} comes out as {raw:.4g}, which is no rounding: expected covariances without negative "
+            "eigenvalues, the reference's has some: make the reference file again"
+        )
+    return raw
+
+
 def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Compute all values.
+    """Compute all values, one metric after another.
 
     Args:
         metrics: Keys of `METRICS`.
-        fake: Of all generated images, reduced.
+        fake: Of all generated images, reduced; it is of no use afterwards, as each metric's statistics are freed.
         real: What the metrics compare with.
         seed: Of KID's subsets.
 
     Returns:
         Reported name to `value` and what belongs to it: of Frechet distances `raw`, the value before it was clamped at
-        0, and `floor` where it is known; of scores over parts `std`; the parameters of KID, precision and recall.
+        0, and `floor` where it is known; of scores over several parts `std`; the parameters of the others.
 
     Raises:
-        ValueError: Images are missing, or a value is not finite.
+        ValueError: Images are missing, a value is not finite, or a Frechet distance is below 0 by more than rounding.
     """
     fake.check_complete()
     values: dict[str, dict[str, Any]] = {}
@@ -357,16 +387,21 @@ def _compute(name: str, fake: Side, real: Real, seed: int) -> list[dict[str, Any
     """The entries of one metric, as many as it has reported names."""
     kind = METRICS[name].kind
     if kind == "frechet":
-        raw = frechet_distance(real.gaussians[name], fake.gaussian(name))
+        raw = distance(name, real.gaussians[name], fake.take_gaussian(name))
         floor = {"floor": dict(real.floors[name])} if name in real.floors else {}
         return [{"value": max(raw, 0.0), "raw": raw, **floor}]
     if kind == "is":
-        value, std = fake.score(name)
-        return [{"value": value, "std": std}]
+        score = fake.score(name)
+        value, std = score.score()
+        spread = {"std": std} if score.chunks > 1 else {}  # one chunk has none
+        return [{"value": value, **spread, "chunk": CHUNK, "chunks": score.chunks}]
     rows, real_rows = fake.table(name), real.tables[name]
     if kind == "kid":
         size = min(KID_SUBSET_SIZE, len(rows), len(real_rows))
-        value, std = kernel_inception_distance(rows, real_rows, subsets=KID_SUBSETS, subset_size=size, seed=seed)
-        return [{"value": value, "std": std, "subsets": KID_SUBSETS, "subset_size": size, "seed": seed}]
+        counts = {len(rows), len(real_rows)}
+        subsets = 1 if counts == {size} else KID_SUBSETS  # where they are everything, one is as good as many
+        value, std = kernel_inception_distance(rows, real_rows, subsets=subsets, subset_size=size, seed=seed)
+        spread = {} if size in counts else {"std": std}  # subsets that share a whole side don't tell it
+        return [{"value": value, **spread, "subsets": subsets, "subset_size": size, "seed": seed}]
     both = precision_recall(fake.on_device(rows), fake.on_device(real_rows), neighbours=NEIGHBOURS)
     return [{"value": value, "neighbours": NEIGHBOURS, "n_real": len(real_rows)} for value in both]

@@ -19,17 +19,17 @@ from ..files import write_durably, write_json
 from ..metrics.processes import from_main, rank
 from ..pipelines import IwinDiTPipeline
 from .evaluator import Evaluator
-from .partial import Partial
+from .partial import Partial, differences
 from .passes import never, settle
-from .report import content, metric_of
+from .report import content, early_warnings, metric_of, warnings
 from .samples import SampledImages, Sampling
-from .saving import differences
 from .suite import METRICS
 
 logger = logging.getLogger(__name__)
 
 Opened = tuple[IwinDiTPipeline, Mapping[str, Any]]  # a pipeline, and what identifies it
 
+_CHECKPOINT = re.compile(r"(.+)/checkpoints/[^/]+/*")
 _AXES = ("guidance", "steps", "training step")  # of the plot: the first that varies
 
 
@@ -55,15 +55,21 @@ def grid(models: Iterable[str], sampling: Sampling, values: Mapping[str, Sequenc
         values: The fields of `Sampling` that vary; an empty sequence leaves a field as it is.
 
     Returns:
-        The points, each once.
+        The points, each once. Without guidance neither its interval nor its channels have an effect, so the points that
+        differ in these alone are one.
     """
     varying = {field: options for field, options in values.items() if options}
-    points = [
-        Point(model, replace(sampling, **dict(zip(varying, chosen, strict=True))))
-        for model in models
-        for chosen in itertools.product(*varying.values())
+    settings = [
+        replace(sampling, **dict(zip(varying, chosen, strict=True))) for chosen in itertools.product(*varying.values())
     ]
-    return list(dict.fromkeys(points))
+    return list(dict.fromkeys(Point(model, _plain(setting)) for model in models for setting in settings))
+
+
+def _plain(sampling: Sampling) -> Sampling:
+    """Leave out what has no effect."""
+    if sampling.guidance != 1:
+        return sampling
+    return replace(sampling, guidance_interval=None, guidance_channels=None)
 
 
 def measure_grid(
@@ -77,9 +83,12 @@ def measure_grid(
 ) -> list[dict[str, Any]] | None:
     """Measure all points, or read the results of those that were measured before; a collective.
 
+    Every model is opened and every setting checked before the first sample. Table and plot are written after each
+    point, of the results so far.
+
     Args:
         points: The points, those of one model next to each other.
-        open_pipeline: Opens a model on every process.
+        open_pipeline: Opens a model on every process; called again where another model was opened in between.
         evaluator: Measures.
         num_samples: Images per point.
         folder: Where the results are, a JSON per point.
@@ -92,16 +101,35 @@ def measure_grid(
         ValueError: A setting does not fit a model, or a result of that name was made otherwise.
         EvaluationError: A process of several failed.
     """
-    results = []
-    for model, group in itertools.groupby(points, key=lambda point: point.model):
-        pipe, about = open_pipeline(model)
-        for point in group:
-            images = SampledImages(pipe, num_samples, point.sampling, about)
-            result = _measure_point(images, folder / f"{_name(model, images)}.json", evaluator, stopping)
-            if result is None:
-                return None
-            results.append(result)
-    return results
+    models = _OneAtATime(open_pipeline)
+    paths: dict[Path, Point] = {}
+    results: dict[Path, dict[str, Any]] = {}
+    said: set[str] = set()
+    for point in points:
+        images = _samples(models(point.model), num_samples, point)
+        path = folder / f"{_name(point.model, images)}.json"
+        if path in paths and paths[path].model != point.model:
+            raise ValueError(f"{paths[path].model} and {point.model} would both be {path.name}: sweep them apart")
+        paths.setdefault(path, point)
+        stored = _stored_on_main(path, evaluator.request_for(images))
+        if stored is not None:
+            results[path] = stored
+        about = {"path": evaluator.request.reference, **evaluator.about_reference()}
+        _warn(early_warnings(about, images.image_size, evaluator.request.protocol), said)
+        del images  # and its model, before the next one is opened
+    for number, (path, point) in enumerate(paths.items(), 1):
+        if path in results:
+            logger.info("point %d of %d: %s is there already", number, len(paths), path)
+            continue
+        images = _samples(models(point.model), num_samples, point)
+        logger.info("point %d of %d: %s, %s", number, len(paths), point.model, images.name)
+        measured = _measure_point(images, path, evaluator, stopping, said)
+        del images
+        if measured is None:
+            return None
+        results[path] = measured
+        _write_so_far([results[path] for path in paths if path in results], folder)
+    return [results[path] for path in paths]
 
 
 def write_sweep(results: Sequence[Mapping[str, Any]], folder: Path) -> str:
@@ -144,7 +172,15 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"**{value:.5g}**" if value == best[name] else f"{value:.5g}" for name, value in values.items()]
         rows.append([*(_text(setting[key]) for key in varying), *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{', '.join(f'{key} {_text(value)}' for key, value in common.items())}\n\n{table}\n"
+    caption = [f"{key} {_text(value)}" for key, value in common.items()]
+    for name in metrics:
+        floors = [result["metrics"][name].get("floor") for result in results]
+        if floors[0] is not None and all(floor == floors[0] for floor in floors):
+            floor = floors[0]
+            caption.append(
+                f"floor of {name} {floor['value']:.2g} ({floor['n']} real against {floor['against']} others)"
+            )
+    return f"{', '.join(caption)}\n\n{table}\n"
 
 
 def panels(results: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -155,7 +191,7 @@ def panels(results: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
     Returns:
         One panel or two, a curve for every combination of the other settings. Where guidance does not vary, steps or
-        the training step take its place.
+        the training step take its place; checkpoints of one run are one model.
     """
     settings = [settings_of(result) for result in results]
     varying = _varying(settings)
@@ -183,10 +219,11 @@ def panels(results: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a result by their names in the table."""
+    """Settings of a result by their names in the table; a checkpoint's model is its run, and a training step."""
     generated = result["generated"]
+    checkpoint = None if generated["step"] is None else _CHECKPOINT.fullmatch(generated["path"])
     return {
-        "model": generated["path"],
+        "model": checkpoint[1] if checkpoint else generated["path"],
         "weights": generated["weights"],
         "training step": "unknown" if generated["step"] is None else generated["step"],
         "scheduler": generated["scheduler"]["class"].removesuffix("Scheduler"),
@@ -202,31 +239,81 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _samples(opened: Opened, num_samples: int, point: Point) -> SampledImages:
+    pipe, about = opened
+    return SampledImages(pipe, num_samples, point.sampling, about)
+
+
+class _OneAtATime:
+    """Opens models, and keeps the last one alone: a sweep may have more than memory holds."""
+
+    def __init__(self, open_pipeline: Callable[[str], Opened]) -> None:
+        self._open = open_pipeline
+        self._last: tuple[str, Opened] | None = None
+
+    def __call__(self, model: str) -> Opened:
+        if self._last is None or self._last[0] != model:
+            self._last = None  # freed before the next one is loaded
+            self._last = model, self._open(model)
+        return self._last[1]
+
+
 def _measure_point(
-    images: SampledImages, path: Path, evaluator: Evaluator, stopping: Callable[[], bool]
+    images: SampledImages, path: Path, evaluator: Evaluator, stopping: Callable[[], bool], said: set[str]
 ) -> dict[str, Any] | None:
-    """Read or make the result of one point, on every process; None if it was stopped."""
+    """Make the result of one point, on every process; None if it was stopped. `said` has the warnings so far."""
     request = evaluator.request_for(images)
     error: Exception | None = None
-    result = None
     try:
-        result = _stored(path, request) if rank() == 0 else None
         partial = Partial(path.with_name(f"{path.name}.partial"), request)
     except (ValueError, OSError) as raised:
         error = raised
     settle(error)
-    result = from_main(result)
-    if result is not None:
-        logger.info("%s is there already", path)
-        return dict(result)
     measurement = evaluator.measure(images, partial=partial, stopping=stopping)
     if measurement is None:
         return None
     result = {**content(measurement), "request": request}
     if rank() == 0:
-        write_json(path, result)
-        partial.remove()
+        _warn(warnings(measurement), said)
+        try:
+            write_json(path, result)
+            partial.remove()
+        except (ValueError, OSError) as raised:
+            error = raised
+    settle(error)
     return result
+
+
+def _warn(found: Iterable[str], said: set[str]) -> None:
+    """Log warnings that were not said before; on the other processes the level of the log keeps them quiet."""
+    for warning in found:
+        if warning not in said:
+            logger.warning("warning: %s", warning)
+        said.add(warning)
+
+
+def _write_so_far(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write table and plot, from one process; a collective."""
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            write_sweep(results, folder)
+        except (ValueError, OSError, ImportError) as raised:
+            error = raised
+    settle(error)
+
+
+def _stored_on_main(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result in a file as the main process sees it, on every process."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = _stored(path, request) if rank() == 0 else None
+    except (ValueError, OSError) as raised:
+        error = raised
+    settle(error)
+    stored: dict[str, Any] | None = from_main(result)
+    return stored
 
 
 def _stored(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ class VideoFiles:
     """The clips of a folder and its subfolders, in the order of their paths, all of one size: an `ImageSet` of clips.
 
     Clips are video files, and folders of frame images. The first `frames` frames of each count, `stride` apart,
-    whatever its rate. Frames are counted and sizes compared at construction, pixels decoded when asked for.
+    whatever its rate. Hidden files and folders are left alone, links are followed. Frames are counted and sizes
+    compared at construction, pixels decoded when asked for.
 
     Args:
         folder: Where to look.
@@ -68,6 +69,7 @@ class VideoFiles:
             counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(_LISTED))
             raise ValueError(f"expected clips of one size in {folder}, got {counts}: crop them as for training")
         self.size = next(iter(sizes))
+        self._rates = [float(clip.rate) for clip in facts if clip.rate is not None]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -100,6 +102,7 @@ class VideoFiles:
             "n": len(self),
             "frames": self.frames,
             "stride": self.stride,
+            "frames_per_second": [min(self._rates), max(self._rates)] if self._rates else None,  # of those that say
             "image_size": list(self.size),
             "stored_as": dict(sorted(kinds.items())),  # compression artefacts change a distance
             "sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),

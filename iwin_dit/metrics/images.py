@@ -21,10 +21,10 @@ from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from ..files import sha256
+from ..files import list_files, sha256
 from .npz import array_names, explain_damage, open_archive, open_array
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ MAX_BYTES = 4 * MAX_PIXELS  # of one image file in a zip, unpacked
 DECODE_THREADS = 8  # Pillow decodes outside the interpreter's lock
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders Pillow may try
+_LOSSLESS = ("PNG", "BMP")  # WebP may be, too, but does not say before it is decoded
 _MODES = ("RGB", "L")
 _T = TypeVar("_T")
 _BLOCK = 4096  # files handed to the threads at a time; there may be millions
@@ -77,20 +78,26 @@ class _EncodedImages(ABC):
     Args:
         path: Where they are, for messages.
         names: Of all files in the set; they count for its hash.
-        allow_jpeg: Whether JPEG is accepted.
+        ignored: Number of files that are not named as images.
+        allow_lossy: Whether JPEG and WebP are accepted.
     """
 
     prefetch = True
 
-    def __init__(self, path: Path, names: Sequence[str], *, allow_jpeg: bool) -> None:
-        self.name, self.path, self.names = str(path), path, names
-        self._allow_jpeg = allow_jpeg
+    def __init__(self, path: Path, names: Sequence[str], ignored: int, *, allow_lossy: bool) -> None:
+        self.name, self.path, self.names, self.ignored = str(path), path, names, ignored
+        self._allow_lossy = allow_lossy
         if len(names) < 2:
             found = len(names)
             raise ValueError(f"expected at least 2 images ({' '.join(sorted(_SUFFIXES))}) in {path}, got {found}")
         self._pool = ThreadPoolExecutor(DECODE_THREADS)
         self._digests: list[bytes | None] = [None] * len(names)  # of the contents that have been read
-        sizes = Counter(self._in_threads(self._check_header, range(len(names))))
+        headers = Counter(self._in_threads(self._check_header, range(len(names))))
+        sizes: Counter[tuple[int, int]] = Counter()
+        self.stored_as: Counter[str] = Counter()
+        for (size, stored_as), n in headers.items():
+            sizes[size] += n
+            self.stored_as[stored_as] += n
         if len(sizes) > 1:
             counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(5))
             raise ValueError(f"expected images of one size in {path}, got {counts}: crop them as for training")
@@ -135,6 +142,8 @@ class _EncodedImages(ABC):
             "path": str(self.path),
             "n": len(self),
             "image_size": list(self.size),
+            "stored_as": dict(sorted(self.stored_as.items())),
+            "ignored": self.ignored,
             "sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
             "duplicates": count_duplicates(digests, self.name),
         }
@@ -144,17 +153,36 @@ class _EncodedImages(ABC):
         while block := list(itertools.islice(indices, _BLOCK)):
             yield from self._pool.map(function, block)
 
-    def _check_header(self, index: int) -> tuple[int, int]:
-        """Height and width of an image that may be in the set, without decoding it."""
+    def _check_header(self, index: int) -> tuple[tuple[int, int], str]:
+        """Size (height, width) and format of an image that may be in the set, without decoding it."""
         where = self._describe(index)
         with self._image(index, self._open(index)) as image:
-            if image.format == "JPEG" and not self._allow_jpeg:
-                raise ValueError(f"{where} is JPEG, whose artefacts change the distance: save the samples as PNG")
+            stored_as = image.format or "unknown"
+            if stored_as not in _LOSSLESS and not self._allow_lossy:
+                raise ValueError(
+                    f"{where} is {stored_as}, a lossy format, whose artefacts change the distance: "
+                    f"save the samples as {' or '.join(_LOSSLESS)}"
+                )
             if image.mode not in _MODES:
                 raise ValueError(f"expected RGB or grayscale images, but {where} is {image.mode}: convert it first")
             if image.has_transparency_data:
                 raise ValueError(f"{where} has a transparent colour, which has no single meaning as RGB: convert it")
-            return image.height, image.width
+            self._check_upright(index, image)
+            return (image.height, image.width), stored_as
+
+    def _check_upright(self, index: int, image: Image.Image) -> None:
+        """Refuse an image that viewers turn; a PNG may say so after its pixels, so once more when it is decoded."""
+        where = self._describe(index)
+        try:
+            # Of the base class: that of PNG decodes the image first.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        except Exception as error:  # on damaged metadata Pillow raises nearly anything
+            raise ValueError(f"{where} is no usable image: its EXIF data are broken: {error}") from error
+        if orientation in range(2, 9):  # 1 is upright, and other numbers mean nothing
+            raise ValueError(
+                f"{where} is stored turned or mirrored (EXIF orientation {orientation}), and pixels are compared as "
+                "stored: save it upright, or make a reference file by `evaluate_fid.py reference`, which applies it"
+            )
 
     def _read_content(self, index: int) -> bytes:
         """One file, hashed on the way."""
@@ -174,6 +202,7 @@ class _EncodedImages(ABC):
                 pixels = np.asarray(image.convert("RGB"))
             except Exception as error:  # on damaged files Pillow raises nearly anything
                 raise ValueError(f"{self._describe(index)} is broken: {error}") from error
+            self._check_upright(index, image)
         if pixels.shape != row.shape:
             raise ValueError(f"{self._describe(index)} has become another image since the set was opened")
         row[...] = pixels
@@ -195,32 +224,37 @@ class _EncodedImages(ABC):
 
 
 class ImageFiles(_EncodedImages):
-    """The images of a folder and its subfolders, in the order of their paths, all of one size.
+    """The images of a folder and its subfolders, in the order of their names, all of one size.
 
-    Headers of all files are read at construction, pixels when asked for. Hidden files and folders are left alone.
+    Headers of all files are read at construction, pixels when asked for. Hidden files and folders are left alone; so
+    are files not named as images, and counted. Links are followed. A name is the path below the folder, with "/".
 
     Args:
         path: The folder in which to look for PNG, JPEG, WEBP and BMP files.
-        allow_jpeg: Whether JPEG is accepted: for references it is what data sets come in, but JPEG artefacts in
-            generated images change a distance, often for the better.
+        allow_lossy: Whether JPEG and WebP are accepted: for references they are what data sets come in, but their
+            artefacts in generated images change a distance, often for the better.
 
     Attributes:
         paths: The files.
+        names: Their names.
         size: Height and width.
+        stored_as: Number of images by format.
+        ignored: Number of files that are not named as images.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds fewer than two images, or images that are broken, of several sizes, JPEG where that is
-            refused, or neither RGB nor grayscale (an alpha channel or a palette has no single meaning as RGB).
+        ValueError: If it holds fewer than two images, or images that are broken, of several sizes, lossy where that is
+            refused, to be turned by their EXIF orientation, or neither RGB nor grayscale (an alpha channel or a palette
+            has no single meaning as RGB).
     """
 
-    def __init__(self, path: Path, *, allow_jpeg: bool) -> None:
+    def __init__(self, path: Path, *, allow_lossy: bool) -> None:
         if not path.is_dir():
             raise FileNotFoundError(f"expected a folder of images, got {path}, which is none")
-        named = ((file, file.relative_to(path).as_posix()) for file in sorted(path.rglob("*")))
-        kept = [(file, name) for file, name in named if _is_image_name(name) and file.is_file()]
-        self.paths = [file for file, _ in kept]
-        super().__init__(path, [name for _, name in kept], allow_jpeg=allow_jpeg)
+        found = [Path(file).relative_to(path).as_posix() for file in list_files(path)]
+        names = sorted(filter(_is_image_name, found))
+        self.paths = [path / name for name in names]
+        super().__init__(path, names, len(found) - len(names), allow_lossy=allow_lossy)
 
     def _open(self, index: int) -> contextlib.AbstractContextManager[IO[bytes]]:
         return self.paths[index].open("rb")
@@ -236,22 +270,27 @@ class ImageZip(_EncodedImages):
 
     Args:
         path: The archive.
-        allow_jpeg: Whether JPEG is accepted.
+        allow_lossy: Whether JPEG and WebP are accepted.
 
     Attributes:
+        names: Of the images.
         size: Height and width.
+        stored_as: Number of images by format.
+        ignored: Number of files that are not named as images.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no archive, or for its images as `ImageFiles`.
     """
 
-    def __init__(self, path: Path, *, allow_jpeg: bool) -> None:
+    def __init__(self, path: Path, *, allow_lossy: bool) -> None:
         self._archive = open_archive(path)
         self._lock = threading.Lock()  # the archive counts its readers, and the count is not atomic
-        entries = [e for e in self._archive.infolist() if _is_image_name(e.filename) and not e.is_dir()]
-        self._entries = sorted(entries, key=lambda entry: entry.filename)
-        super().__init__(path, [entry.filename for entry in self._entries], allow_jpeg=allow_jpeg)
+        found = [entry for entry in self._archive.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
+        images = [entry for entry in found if _is_image_name(entry.filename)]
+        self._entries = sorted(images, key=lambda entry: entry.filename)
+        names = [entry.filename for entry in self._entries]
+        super().__init__(path, names, len(found) - len(names), allow_lossy=allow_lossy)
 
     @contextlib.contextmanager
     def _open(self, index: int) -> Iterator[IO[bytes]]:
@@ -416,12 +455,12 @@ class ImageTensor:
         }
 
 
-def open_images(path: Path, *, allow_jpeg: bool) -> ImageSet:
+def open_images(path: Path, *, allow_lossy: bool) -> ImageSet:
     """Open a set of images by what it is.
 
     Args:
         path: A folder, a .zip of images, or an .npz that holds images.
-        allow_jpeg: Whether a folder or zip may hold JPEG.
+        allow_lossy: Whether a folder or zip may hold JPEG and WebP.
 
     Returns:
         The set, checked as far as its headers go.
@@ -433,9 +472,9 @@ def open_images(path: Path, *, allow_jpeg: bool) -> ImageSet:
     if not path.exists():
         raise FileNotFoundError(f"expected a folder of images, a .zip or an .npz, got {path}, which does not exist")
     if path.is_dir():
-        return ImageFiles(path, allow_jpeg=allow_jpeg)
+        return ImageFiles(path, allow_lossy=allow_lossy)
     if path.suffix.lower() == ".zip":
-        return ImageZip(path, allow_jpeg=allow_jpeg)
+        return ImageZip(path, allow_lossy=allow_lossy)
     if path.suffix.lower() == ".npz":
         return ImageArray(path)
     raise ValueError(f"expected a folder of images, a .zip or an .npz, got the file {path}")
@@ -457,8 +496,11 @@ def count_duplicates(digests: Sequence[bytes], name: str) -> int:
     return duplicates
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a relative path is hidden, as the `._*` that macOS leaves in archives are, or in a hidden folder."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
+
+
 def _is_image_name(name: str) -> bool:
-    """Whether a relative path is named as an image, and not hidden (as the `._*` that macOS leaves in archives are)."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
-    return path.suffix.lower() in _SUFFIXES and not hidden
+    """Whether a file is named as an image."""
+    return PurePosixPath(name).suffix.lower() in _SUFFIXES

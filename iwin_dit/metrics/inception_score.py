@@ -41,6 +41,11 @@ class InceptionScore:
         self.probabilities = torch.zeros(len(starts), num_classes, dtype=torch.float64, device=device)
         self.negentropies = torch.zeros(len(starts), dtype=torch.float64, device=device)
 
+    @property
+    def chunks(self) -> int:
+        """Number of chunks, over which `score` takes mean and deviation."""
+        return len(self._expected)
+
     @torch.no_grad()
     def update(self, logits: Tensor, indices: Sequence[int]) -> None:
         """Add a batch.

@@ -6,6 +6,7 @@ features come from or what is computed from their statistics.
 Letters: B batch, D features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class Gaussian:
 
     mean: Tensor
     covariance: Tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, found without a copy of the tensor, which `isfinite` makes."""
+    smallest, largest = tensor.aminmax()  # both are NaN if any element is
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
 
 
 class Moments:
@@ -117,16 +124,17 @@ class Moments:
             unbiased: Divide the scatter by the count less one; otherwise, as StyleGAN-V does, by the count.
 
         Returns:
-            Both on the CPU, where those of a reference file are.
+            Both on the CPU, where those of a reference file are; no other `(D, D)` memory is taken.
 
         Raises:
             ValueError: There are fewer than two vectors, or not all are finite.
         """
         if self.count < 2:
             raise ValueError(f"expected the features of at least 2 images, got {self.count}")
-        if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
+        if not (is_finite(self.mean) and is_finite(self.scatter)):
             raise ValueError("the features are not all finite, so they have no mean and covariance: look at the images")
-        return Gaussian(self.mean.to("cpu", copy=True), (self.scatter / (self.count - unbiased)).cpu())
+        covariance = self.scatter.to("cpu", copy=True).div_(self.count - unbiased)
+        return Gaussian(self.mean.to("cpu", copy=True), covariance)
 
     def _merge(self, count: int, mean: Tensor) -> None:
         """Merge the count and mean of vectors whose own scatter has been added already."""

@@ -7,6 +7,7 @@ Letters: D features, N H W images and their axes.
 """
 
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ REFERENCE_KEYS = {
 }
 PROVENANCE_KEY = "provenance"
 _MAX_PROVENANCE = 2**24  # bytes
+_MAX_FLOAT = sys.float_info.max  # below infinity, and below integers that are no float
+_ROUNDING = 1e-6  # of the largest entry: what float32 and another library's sums may leave of symmetry
 _COMPARED = ("name", "protocol", "weights_sha256")  # what of a network's description decides its features
 
 
@@ -84,12 +87,14 @@ def load_reference(path: Path, widths: Mapping[str, int]) -> Reference:
         widths: The features whose statistics are wanted, keys of `REFERENCE_KEYS`, and D of each.
 
     Returns:
-        Statistics in float64 on the CPU, provenance, and the images, of which only the header has been read.
+        Statistics in float64 on the CPU, covariances made exactly symmetric; provenance; and the images, of which only
+        the header has been read.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no such archive; or an array is missing, of another shape or dtype, not finite, or (what
-            should be a covariance) not symmetric, or of variances that its covariances exceed.
+            should be a covariance) not symmetric to 1e-6 of its largest entry, or of variances that its covariances
+            exceed; or the provenance is not what `save_reference` is to be given.
     """
     with open_archive(path) as archive, explain_damage(f"{path} is not a usable reference"):
         names = array_names(archive)
@@ -109,7 +114,8 @@ def save_reference(
     Args:
         path: The .npz file, in a folder that exists.
         gaussians: Mean and covariance by features, keys of `REFERENCE_KEYS`.
-        provenance: JSON: `features` (`FeatureNetwork.describe()` by name of the network), `n`, `source`, ...
+        provenance: JSON: `features` (`FeatureNetwork.describe()` by name of the network); where known, `n` images,
+            their `image_size` [H, W] and `floor` (by features, `value` of `n` images `against` others); and more.
         images: `(N, H, W, 3)` uint8 to keep beside them; written piece by piece, so it may be a memory map.
 
     Raises:
@@ -145,13 +151,15 @@ def _read_gaussian(archive: zipfile.ZipFile, features: str, width: int) -> Gauss
     for key, array in ((mean_key, mean), (covariance_key, covariance)):
         if not np.isfinite(array).all():
             raise ValueError(f"'{key}' holds NaN or infinity")
-    rounding = 1e-6 * np.abs(covariance).max()
-    if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=rounding):
+    rounding = _ROUNDING * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > rounding:
         raise ValueError(f"'{covariance_key}' is not symmetric")
+    covariance = (covariance + covariance.T) / 2  # an eigendecomposition reads one triangle alone
     variances = covariance.diagonal()
     deviations = np.sqrt(np.maximum(variances, 0))
     # Cauchy-Schwarz, which every covariance meets and which costs no eigenvalues.
-    excess = np.abs(covariance) - (1 + 1e-3) * np.outer(deviations, deviations)
+    excess = np.abs(covariance)
+    excess -= (1 + 1e-3) * np.outer(deviations, deviations)
     if variances.min() < -rounding or excess.max() > rounding:
         raise ValueError(f"'{covariance_key}' is no covariance: variances are negative or smaller than covariances")
     return Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
@@ -161,7 +169,32 @@ def _read_provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
     """Read the JSON in the archive."""
     if archive.getinfo(f"{PROVENANCE_KEY}.npy").file_size > _MAX_PROVENANCE:
         raise ValueError(f"'{PROVENANCE_KEY}' has more than {_MAX_PROVENANCE} bytes")
-    provenance = json.loads(read_array(archive, PROVENANCE_KEY, (), "U").item())
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("features"), dict):
-        raise ValueError(f"expected '{PROVENANCE_KEY}' to be a JSON object with 'features', got another")
+    try:
+        provenance = json.loads(read_array(archive, PROVENANCE_KEY, (), "U").item())
+    except RecursionError as error:
+        raise ValueError(f"'{PROVENANCE_KEY}' is nested too deeply") from error
+    if not isinstance(provenance, dict) or not _is_map_of_objects(provenance.get("features")):
+        raise ValueError(f"expected '{PROVENANCE_KEY}' to be a JSON object with 'features' by network, got another")
+    n, size, floors = (provenance.get(key) for key in ("n", "image_size", "floor"))
+    if not (n is None or _is_count(n)):
+        raise ValueError(f"expected 'n' of '{PROVENANCE_KEY}' to be a number of images, got {n!r:.100}")
+    if not (size is None or (isinstance(size, list) and len(size) == 2 and all(map(_is_count, size)))):
+        raise ValueError(f"expected 'image_size' of '{PROVENANCE_KEY}' to be [height, width], got {size!r:.100}")
+    if not (floors is None or (_is_map_of_objects(floors) and all(map(_is_floor, floors.values())))):
+        wanted = "{'value': number, 'n': number of images, 'against': number of images} by features"
+        raise ValueError(f"expected 'floor' of '{PROVENANCE_KEY}' to be {wanted}, got {floors!r:.100}")
     return provenance
+
+
+def _is_map_of_objects(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int, too
+
+
+def _is_floor(value: dict[str, Any]) -> bool:
+    number = value.get("value")
+    is_number = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= _MAX_FLOAT
+    return is_number and _is_count(value.get("n")) and _is_count(value.get("against"))

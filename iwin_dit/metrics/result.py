@@ -38,10 +38,16 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file lies in, with `-dirty` where files differ; None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the checkout this file belongs to, with `-dirty` where files differ; None where it is installed."""
+    here = Path(__file__)
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        # An installed copy may lie in somebody else's repository, which does not track it.
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     return run.stdout.strip()

@@ -5,6 +5,7 @@ Owns the sampling loop and guidance. Latent statistics belong to `iwin_dit.data.
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
@@ -31,8 +32,8 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     """Sample class-conditional images.
 
     A model trained with `diffusion.FlowMatching` works with FlowMatchEuler and FlowMatchHeun, and with
-    DPMSolverMultistep, UniPC and DEIS after `from_config(config, prediction_type="flow_prediction",
-    use_flow_sigmas=True, flow_shift=config.shift)`; one trained with `diffusion.DDPM` works with DDPM, DDIM, Euler,
+    DPMSolverMultistep and UniPC after `from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True,
+    flow_shift=config.shift)`; one trained with `diffusion.DDPM` works with DDPM, DDIM, Euler,
     DPMSolverMultistep and UniPC. A scheduler of the other family is an error.
 
     LoRA loading is Sana's mixin: it serves any pipeline whose only adapted module is called `transformer`.
@@ -195,7 +196,7 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             width: Likewise.
             num_inference_steps: At least 1.
             sigmas: None, or noise levels in (0, 1], falling, for a flow-matching model.
-            guidance_scale: At least 1.
+            guidance_scale: At least 1, and finite.
             guidance_interval: Noise levels, low before high, in [0, 1].
             guidance_channels: None or 1 to the model's channels.
             num_images_per_label: At least 1.
@@ -223,8 +224,9 @@ class IwinDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if len(levels) < 2 or levels[0] > 1 or any(a <= b for a, b in itertools.pairwise(levels)):
                 raise ValueError(f"sigmas must be noise levels that fall from at most 1 and stay above 0, got {sigmas}")
         self._check_scheduler()
-        if guidance_scale < 1.0:
-            raise ValueError(f"guidance_scale must be at least 1, and 1 turns guidance off, got {guidance_scale}")
+        if not 1.0 <= guidance_scale < math.inf:  # NaN compares with nothing
+            wanted = "finite" if guidance_scale == math.inf else "at least 1, and 1 turns guidance off"
+            raise ValueError(f"guidance_scale must be {wanted}, got {guidance_scale}")
         low, high = guidance_interval
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"guidance_interval must be (low, high) noise levels in [0, 1], got {guidance_interval}")

@@ -9,6 +9,7 @@ removed checkpoint.py's.
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Score:
         metric: Name under which the value is logged, such as "fid_5000".
         value: The value.
         greater_is_better: Which way the metric counts.
-        settings: What it was measured with; values compare under the same alone.
+        settings: What it was measured with, the reference by its sha256; values compare under the same alone.
     """
 
     step: int
@@ -46,6 +47,19 @@ class Score:
         if other is None or (self.metric, self.settings) != (other.metric, other.settings):
             return True
         return self.value > other.value if self.greater_is_better else self.value < other.value
+
+
+def record_path(run: Path, step: int) -> Path:
+    """Return where the record of an evaluation is.
+
+    Args:
+        run: Run folder.
+        step: Steps done.
+
+    Returns:
+        The file, whether or not it is there.
+    """
+    return run / EVALUATIONS / f"step-{step:08d}.json"
 
 
 def write_best(run: Path, score: Score, checkpoint: Path) -> None:
@@ -74,7 +88,7 @@ def restore_best(run: Path, standing: Mapping[int, Path]) -> Score | None:
         The score of the best; None where no checkpoint that stands was evaluated.
     """
     recorded = _read(run / BEST)
-    scores = [recorded, *(_read(path, SCORE) for path in sorted((run / EVALUATIONS).glob("step-*.json")))]
+    scores = [recorded, *(_read(path, SCORE) for path in _records(run).values())]
     best: Score | None = None
     for score in sorted((s for s in scores if s is not None and s.step in standing), key=lambda score: score.step):
         if score.beats(best):
@@ -93,9 +107,15 @@ def drop_evaluations_after(run: Path, step: int) -> None:
         run: Run folder.
         step: The step loaded.
     """
-    for path in (run / EVALUATIONS).glob("step-*.json"):
-        if int(path.stem.removeprefix("step-")) > step:
+    for recorded, path in _records(run).items():
+        if recorded > step:
             path.unlink()
+
+
+def _records(run: Path) -> dict[int, Path]:
+    """The records of evaluations by step; other files there are no concern of the run."""
+    found = ((re.fullmatch(r"step-(\d{8,})\.json", path.name), path) for path in (run / EVALUATIONS).glob("*.json"))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def _read(path: Path, key: str | None = None) -> Score | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ArgumentParser
 
 from ..diffusion import DDPM, FlowMatching, Objective
+from ..evaluation.samples import MAX_COUNT, MAX_SEED
 from ..evaluation.suite import check_metrics, needs_reference
 from ..models import IwinDiTTransformer2DModel
 
@@ -206,7 +207,7 @@ class EvalConfig:
         num_inference_steps: Sampler steps.
         guidance_scale: Guidance scale; 1 turns guidance off.
         batch_size: Images per process at a time; changes no image.
-        seed: Image i starts from the noise of seed + i, the same in every evaluation.
+        seed: Below 4096. The noise of image i is decided by seed and i alone, the same in every evaluation.
         protocol: Resize and normalisation of the images for Inception.
         inception_weights: File of its weights; null takes the cached ones.
         dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
@@ -337,7 +338,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: 1 <= value <= 1e15,
         ("train.images", "train.ema_halflife_images", "log.validation_samples"),
     ),
-    "from 2 to 10**9": (lambda value: 2 <= value <= 1e9, ("eval.num_samples",)),  # a covariance needs two
+    "from 2 to 2**20": (lambda value: 2 <= value <= MAX_COUNT, ("eval.num_samples",)),  # a covariance needs two
     "from 1 to 10**6": (
         lambda value: 1 <= value <= 1e6,
         (
@@ -370,7 +371,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("optim.betas.0", "optim.betas.1")),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),
-    "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed", "eval.seed")),  # what numpy's generator takes
+    "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # what numpy's generator takes
+    "in [0, 4096)": (lambda value: 0 <= value < MAX_SEED, ("eval.seed",)),
 }
 
 

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from ..data.codec import LatentCodec
 from ..evaluation import report
 from ..evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
+from ..evaluation.passes import settle
 from ..evaluation.samples import SampledImages, Sampling
 from ..evaluation.suite import METRICS, reported_names
 from ..files import write_json
 from ..metrics.digits import IMAGE_SIZE
-from .best import EVALUATIONS, SCORE, Score
-from .checkpoint import checkpoint_name
+from ..models import IwinDiTTransformer2DModel
+from .best import SCORE, Score, record_path
 from .config import Config, EvalConfig
 from .pictures import build_pipeline, model_from
 from .ranks import main_first
@@ -27,16 +28,26 @@ from .state import TrainState, whole_weights
 
 logger = logging.getLogger(__name__)
 
-# What changes neither an image nor what it is compared with: values compare whatever these are.
-NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights")
+# What changes neither an image nor what it is compared with, and the reference, of which the content counts: values
+# compare whatever these are.
+NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "reference")
 
 
-def open_evaluator(config: Config, accelerator: Accelerator) -> Evaluator | None:
-    """Open and check what the metrics need: networks, their weights, the reference.
+def open_evaluator(
+    config: Config,
+    accelerator: Accelerator,
+    model: IwinDiTTransformer2DModel,
+    codec: LatentCodec,
+    class_names: tuple[str, ...],
+) -> Evaluator | None:
+    """Open and check what an evaluation needs: the settings of the sampler, networks, their weights, the reference.
 
     Args:
         config: Says which.
         accelerator: The processes, which all call this; the main one goes first, lest they download the same file.
+        model: Of the samples, with any weights; it is left as it is.
+        codec: Holds the VAE.
+        class_names: By label.
 
     Returns:
         The evaluator; None where evaluation is turned off.
@@ -55,6 +66,7 @@ def open_evaluator(config: Config, accelerator: Accelerator) -> Evaluator | None
 
     def opened() -> Evaluator:
         with _refusing():
+            _samples(config, model, codec, class_names, step=0)
             return Evaluator(_request(config.eval), accelerator.device)
 
     evaluator = main_first(accelerator, opened)
@@ -83,7 +95,7 @@ def evaluate(
 ) -> Measurement | None:
     """Sample from the averaged weights and measure; all processes call it, and share the samples out.
 
-    What goes wrong with it is logged: a metric is no reason to stop training.
+    What goes wrong with it, on one process or on all, is logged: a metric is no reason to stop training.
 
     Args:
         evaluator: From `open_evaluator`.
@@ -97,18 +109,44 @@ def evaluate(
     Returns:
         The measurement, the same on every process; None if it failed or was ended.
     """
-    settings = config.eval
-    model = model_from(config, whole_weights(state.ema.model))
-    about = {"path": config.run, "weights": "ema", "step": state.step}
-    sampling = Sampling(settings.num_inference_steps, settings.guidance_scale, seed=settings.seed)
+    weights, problem = whole_weights(state.ema.model), None
     try:
-        images = SampledImages(build_pipeline(config, model, codec, class_names), settings.num_samples, sampling, about)
+        images = _samples(config, model_from(config, weights), codec, class_names, state.step)
+    except Exception as error:
+        problem = error
+    try:
+        settle(problem)
         return evaluator.measure(images, stopping=stopping, progress=False)
     except Exception as error:
         if accelerator.num_processes > 1 and not isinstance(error, EvaluationError):
             raise  # of this process alone, perhaps: the others may be waiting for it
         logger.warning("there is no evaluation of step %d", state.step, exc_info=True)
         return None
+
+
+def evaluation_is_missing(config: Config, step: int) -> bool:
+    """Tell whether the step that a run goes on from is one of its evaluations, and has no record.
+
+    Args:
+        config: Says when to evaluate.
+        step: Steps done.
+
+    Returns:
+        True where the run was stopped in the middle of it, or it failed.
+    """
+    every = config.eval.every
+    due = every > 0 and step > 0 and (step % every == 0 or step == config.train.steps)
+    return due and not record_path(Path(config.run), step).is_file()
+
+
+def _samples(
+    config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec, class_names: tuple[str, ...], step: int
+) -> SampledImages:
+    """The samples of an evaluation, none of them drawn yet; a ValueError if the sampler cannot be set so."""
+    settings = config.eval
+    sampling = Sampling(settings.num_inference_steps, settings.guidance_scale, seed=settings.seed)
+    about = {"path": config.run, "weights": "ema", "step": step}
+    return SampledImages(build_pipeline(config, model, codec, class_names), settings.num_samples, sampling, about)
 
 
 def _request(settings: EvalConfig) -> Request:
@@ -119,7 +157,6 @@ def _request(settings: EvalConfig) -> Request:
         inception_weights=None if settings.inception_weights is None else Path(settings.inception_weights),
         dinov2=settings.dinov2,
         batch_size=settings.batch_size,
-        seed=settings.seed,
     )
 
 
@@ -129,7 +166,7 @@ def score(config: Config, step: int, measurement: Measurement) -> Score:
     Args:
         config: Names the first metric and the settings.
         step: Of the weights.
-        measurement: From `evaluate`.
+        measurement: From `evaluate`, with the sha256 of the reference in its record.
 
     Returns:
         The first value of the first metric.
@@ -137,6 +174,7 @@ def score(config: Config, step: int, measurement: Measurement) -> Score:
     metric = config.eval.metric_names[0]
     name = reported_names(metric, measurement.n_fake)[0]
     settings = {key: value for key, value in dataclasses.asdict(config.eval).items() if key not in NOT_COMPARED}
+    settings["reference_sha256"] = (measurement.record["reference"] or {}).get("sha256")
     return Score(step, name, measurement.values[name]["value"], METRICS[metric].greater_is_better, settings)
 
 
@@ -150,7 +188,7 @@ def write_record(config: Config, measurement: Measurement, score: Score) -> None
         measurement: From `evaluate`.
         score: From `score`, which is kept with it.
     """
-    path = Path(config.run) / EVALUATIONS / f"{checkpoint_name(score.step)}.json"
+    path = record_path(Path(config.run), score.step)
     content = {"step": score.step, SCORE: dataclasses.asdict(score), **report.content(measurement)}
     settings = f"guidance {config.eval.guidance_scale:g}, {config.eval.num_inference_steps} steps"
     for line in report.lines(measurement, f"{settings}, averaged weights of step {score.step}", path):

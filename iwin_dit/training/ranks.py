@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import distributed as dist
@@ -57,6 +58,12 @@ def main_first(accelerator: Accelerator, action: Callable[[], Result]) -> Result
     if error is not None:
         raise error
     return result if accelerator.is_main_process else action()
+
+
+def largest(accelerator: Accelerator, *values: torch.Tensor | float) -> list[float]:
+    """The largest of each value over all processes, which call this together; on one process the values themselves."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values])
+    return accelerator.reduce(stacked, "max").tolist()
 
 
 class HasStep(Protocol):

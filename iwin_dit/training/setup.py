@@ -113,7 +113,7 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
             f"no held-out latents lie in this process's share of {config.data.shares}, data.holdout is "
             f"{config.data.holdout}: raise it, lower data.shares, or set log.validate_every to 0"
         )
-    evaluator = open_evaluator(config, accelerator)
+    evaluator = open_evaluator(config, accelerator, model, codec, held_out.manifest.class_names)
     resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
     kept = config.log.keep_last + (evaluator is not None)  # the best one
     coming = max(1, kept + 1 - len(list_checkpoints(run / "checkpoints")))
