@@ -211,14 +211,24 @@ def test_published_numbers_are_met_or_not():
     assert [name for name, *_, near in published.compare(ours) if not near] == ["fid"]
 
 
-def test_the_page_shows_the_stored_run():
-    """Commands on the page parse, and its tables are those of the JSON files beside the benchmark."""
-    text = PAGE.read_text()
-    commands = re.findall(r"^python -m benchmarks\.block(.*)$", text.replace("\\\n", ""), re.MULTILINE)
-    assert commands
-    for arguments in commands:
-        block.build_parser().parse_args(shlex.split(arguments, comments=True))
-    results = sorted((PAGE.parents[1] / "benchmarks" / "results").glob("cpu-*.json"))
-    assert results
-    for path in results:
-        assert block.table(json.loads(path.read_text())["rows"]) in text
+def test_the_pages_show_the_stored_runs():
+    """Commands on the pages parse, and their tables are those of the JSON files beside the benchmarks."""
+    docs, results = PAGE.parent, PAGE.parents[1] / "benchmarks" / "results"
+    modules = {"block": block, "evaluation": evaluation, "protocols": protocols}
+    pages = {name: (docs / name).read_text() for name in ("performance.md", "evaluation.md")}
+    commands = [
+        found
+        for text in pages.values()
+        for found in re.findall(r"^python -m benchmarks\.(\w+)(.*)$", text.replace("\\\n", ""), re.MULTILINE)
+    ]
+    assert modules.keys() <= {name for name, _ in commands}
+    for name, arguments in commands:
+        if name in modules:
+            modules[name].build_parser().parse_args(shlex.split(arguments, comments=True))
+    blocks = sorted(results.glob("cpu-*.json"))
+    assert blocks
+    for path in blocks:
+        assert block.table(json.loads(path.read_text())["rows"]) in pages["performance.md"]
+    stored = json.loads((results / "evaluation-cpu-2cores.json").read_text())
+    assert evaluation.tables(stored) in pages["evaluation.md"]
+    assert protocols.table(json.loads((results / "protocols.json").read_text())["rows"]) in pages["evaluation.md"]
