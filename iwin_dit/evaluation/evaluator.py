@@ -27,7 +27,7 @@ from .passes import EvaluationError, never, run_pass, settle
 from .real import RealSide
 from .suite import METRICS, Side, check_libraries, check_metrics, compute, kept_bytes, uses_protocol
 
-__all__ = ["EvaluationError", "Evaluator", "Measurement", "Request", "never"]
+__all__ = ["EvaluationError", "Evaluator", "Measurement", "Request"]
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ Letters: B batch, T frames, H W image axes.
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..metrics.images import ImageSet
 from ..metrics.processes import agree, gather, rank, world_size
+from ..threads import background_thread
 
 AHEAD = 4  # batches read before they are needed
 # Rounds of batches between two agreements: a collective waits for the device, which is nothing beside sampling a batch,
@@ -138,8 +139,7 @@ def _read_ahead(images: ImageSet, batches: Sequence[list[int]], device: torch.de
         batch = images.read(indices)
         return batch.pin_memory() if pinned and batch.device.type == "cpu" else batch
 
-    # With one torch thread: a second team of OpenMP threads would slow all that this process does later.
-    pool = ThreadPoolExecutor(1, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
+    pool = background_thread("read-ahead")
     waiting: deque[Future[Tensor]] = deque()
     try:
         for indices in [*batches, *[None] * AHEAD]:

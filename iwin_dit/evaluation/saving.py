@@ -125,6 +125,7 @@ class StoredSamples:
         self.image_size = list(images.size)
         known = "settings of the samples not known" if settings is None else describe(settings)
         self.name = f"{images.name}, {known}"
+        self._record: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,8 +142,10 @@ class StoredSamples:
         return self.images.read(indices)
 
     def record(self) -> dict[str, Any]:
-        """What identifies the set, and its settings as `sampling`, None where they are not known."""
-        return {**self.images.record(), "sampling": self.settings and dict(self.settings)}
+        """What identifies the set, and its settings as `sampling`, None where they are not known; found out once."""
+        if self._record is None:
+            self._record = {**self.images.record(), "sampling": self.settings and dict(self.settings)}
+        return self._record
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DINOv2 features for FD-DINOv2, as EDM2 and dgm-eval compute them from the original code, through transformers.
+"""DINOv2 features for FD-DINOv2, as EDM2 computes them from the original code, here through transformers.
 
 Owns finding the weights and the one place where transformers and the original code differ: the interpolation of the
 position table. Must not know statistics, references or where images come from.
@@ -25,7 +25,7 @@ from .network import FeatureNetwork
 INPUT_SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_ANSWER_TIMEOUT = 10.0  # seconds
+_ANSWER_TIMEOUT = 4.0  # seconds
 
 
 class DINOv2Features(FeatureNetwork):

@@ -68,7 +68,7 @@ class ImageSet(Protocol):
     def record(self) -> dict[str, Any]:
         """Say what identifies the set, ready for JSON; among it `image_size`, [H, W].
 
-        Asked by one process, after all images have been read: it may have to look at those that others read.
+        Asked by one process, also before the images were read: it then reads what was not.
         """
 
 

@@ -32,7 +32,7 @@ INPUT_SIZE = 299
 WIDTHS = MappingProxyType({"pool": 2048, "spatial": 7 * 17 * 17, "logits": 1008})
 _SPATIAL_CHANNELS = 7
 _OTHER_WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name for the same file
-_DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer
+_DOWNLOAD_TIMEOUT = 4.0  # seconds without an answer
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError)
 
 

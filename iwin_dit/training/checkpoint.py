@@ -13,16 +13,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..files import sha256, sync_folder, write_durably, write_json
 from ..pipelines.loading import CHECKPOINT_MANIFEST as MANIFEST  # load_pipeline reads it
+from ..threads import background_thread
 from .best import Score, write_best
 from .state import STATE, TENSORS, Snapshot
 
@@ -64,9 +64,7 @@ class CheckpointWriter:
         best: Score | None = None,
     ) -> None:
         self.root, self.keep_last, self.keep_every, self.best = root, keep_last, keep_every, best
-        # With one torch thread: a second team of OpenMP threads would slow every later step of training, by 10 %.
-        one_thread = ThreadPoolExecutor(1, "checkpoint", initializer=torch.set_num_threads, initargs=(1,))
-        self._executor = one_thread if asynchronous else None
+        self._executor = background_thread("checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
         self._problem: str | None = None  # of the last save
         self._failures = 0  # checkpoints in a row, up to the last

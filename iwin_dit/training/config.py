@@ -201,7 +201,7 @@ class EvalConfig:
         every: Steps between evaluations (and one at the last step); 0 turns them off.
         metrics: Comma-separated, as `evaluate_fid.py --metrics` takes them; the first decides which checkpoint is the
             best, and that one is kept.
-        reference: What the samples are compared with: "digits", or the .npz that `evaluate_fid.py reference` makes;
+        reference: What the samples are compared with: "digits", a reference .npz (ADM's, or our own), or images;
             null for metrics that need none.
         num_samples: Images, over all processes, balanced over the classes.
         num_inference_steps: Sampler steps.
