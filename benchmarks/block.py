@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Step, describe_machine, peak_memory, quartiles, time_interleaved
+from benchmarks.measure import Step, check_device, describe_machine, peak_memory, quartiles, time_interleaved
 from iwin_dit.files import write_json
 from iwin_dit.nn import DepthwiseConv, IwinAttention, IwinDiTBlock
 from iwin_dit.nn.blocks import modulate
@@ -364,8 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if any(arguments.batch_tokens % tokens for tokens in arguments.tokens):
         parser.error(f"--batch-tokens must be a multiple of every --tokens, got {arguments.batch_tokens}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
+    check_device(parser, arguments.device)
     torch.set_num_threads(arguments.threads)
     record: dict[str, Any] = {
         "machine": describe_machine(torch.device(arguments.device)),

@@ -25,16 +25,15 @@ import torch
 from PIL import Image
 
 from benchmarks.block import positive
-from benchmarks.measure import Step, describe_machine, quartiles, time_interleaved
-from benchmarks.seeded_inception import write_seeded_weights
+from benchmarks.measure import Step, check_device, describe_machine, quartiles, time_interleaved
+from benchmarks.seeded_inception import open_inception
 from iwin_dit.evaluation.evaluator import Evaluator, Request
 from iwin_dit.evaluation.partial import Partial
 from iwin_dit.evaluation.passes import run_pass
 from iwin_dit.evaluation.suite import Side
-from iwin_dit.files import sha256, write_json
+from iwin_dit.files import write_json
 from iwin_dit.metrics.frechet import frechet_distance
 from iwin_dit.metrics.images import ImageSet, ImageTensor, open_images
-from iwin_dit.metrics.inception import WEIGHTS_SHA256_PREFIX, InceptionFeatures
 from iwin_dit.metrics.moments import Moments
 from iwin_dit.metrics.network import FeatureNetwork
 
@@ -169,9 +168,7 @@ def measure_statistics(count: int, batch: int, device: torch.device, folder: Pat
 def measure_passes(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Images per second of the bare network and of whole passes over the same images, in turns."""
     device = torch.device(arguments.device)
-    weights = arguments.weights or write_seeded_weights(folder / "inception.pth")
-    prefix = WEIGHTS_SHA256_PREFIX if arguments.weights else sha256(weights)
-    network = InceptionFeatures(weights, "adm", ("pool", "spatial"), sha256_prefix=prefix).to(device)
+    network = open_inception(arguments.weights, ("pool", "spatial")).to(device)
     images = smooth_images(arguments.images, arguments.size)
     sets = write_sets(images, folder)
     resident = images.to(device).split(arguments.batch_size)
@@ -227,8 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
+    check_device(parser, arguments.device)
     device = torch.device(arguments.device)
     record: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.evaluation", *(sys.argv[1:] if argv is None else argv)]),

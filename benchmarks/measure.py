@@ -1,5 +1,6 @@
 """Time and memory of competing steps, taken in one process so that they compare; knows nothing of what the steps do."""
 
+import argparse
 import itertools
 import json
 import os
@@ -18,6 +19,12 @@ from iwin_dit.metrics.result import environment
 
 Step = Callable[[], object]
 WARM_UP = 2  # rounds; the first compiles where that is asked for
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Exit with a message where --device names a device that is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
 
 
 def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:

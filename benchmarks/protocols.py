@@ -10,7 +10,6 @@ code paths, and no value compares with a published one. How to read the table: d
 import argparse
 import io
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.block import positive
-from benchmarks.seeded_inception import write_seeded_weights
-from iwin_dit.files import sha256, write_json
+from benchmarks.measure import check_device
+from benchmarks.seeded_inception import open_inception
+from iwin_dit.files import write_json
 from iwin_dit.metrics.frechet import frechet_distance
 from iwin_dit.metrics.inception import INPUT_SIZE, PROTOCOLS, InceptionFeatures
 from iwin_dit.metrics.moments import Moments
@@ -170,15 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
-    if arguments.weights is not None:
-        network = InceptionFeatures(arguments.weights)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            weights = write_seeded_weights(Path(folder) / "seeded.pth")
-            network = InceptionFeatures(weights, sha256_prefix=sha256(weights))
-    network.to(arguments.device)
+    check_device(parser, arguments.device)
+    network = open_inception(arguments.weights, ("pool",)).to(arguments.device)
     real, fake = (crops(photo, arguments.images, arguments.seed) for photo in ("china.jpg", "flower.jpg"))
     rows = rows_of(measure(network, real, fake))
     print(table(rows))

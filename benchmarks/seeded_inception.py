@@ -1,12 +1,15 @@
 """Inception weights drawn from a seed: a file of the real network, for tests and benchmarks without the real one."""
 
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
 
-from iwin_dit.files import write_durably
+from iwin_dit.files import sha256, write_durably
+from iwin_dit.metrics.inception import InceptionFeatures
 
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 BATCH_NORM = {  # uniform between
@@ -55,6 +58,23 @@ def write_seeded_weights(path: Path, seed: int = 0) -> Path:
 
     write_durably(path, save)
     return path
+
+
+def open_inception(weights: Path | None, features: Collection[str]) -> InceptionFeatures:
+    """Open the Inception of a benchmark under protocol `adm`.
+
+    Args:
+        weights: The real ones; None draws them from seed 0.
+        features: Which to give.
+
+    Returns:
+        The network.
+    """
+    if weights is not None:
+        return InceptionFeatures(weights, features=features)
+    with tempfile.TemporaryDirectory() as folder:
+        seeded = write_seeded_weights(Path(folder) / "seeded.pth")
+        return InceptionFeatures(seeded, features=features, sha256_prefix=sha256(seeded))
 
 
 def write_torch_home(folder: Path, seed: int = 0) -> Path:

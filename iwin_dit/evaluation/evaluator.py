@@ -19,11 +19,11 @@ from torch import Tensor
 from ..metrics.images import ImageSet
 from ..metrics.inputs import exact_float32
 from ..metrics.network import FeatureNetwork
-from ..metrics.processes import from_main, rank, world_size
+from ..metrics.processes import world_size
 from ..metrics.result import environment
 from .networks import open_networks
 from .partial import Partial
-from .passes import EvaluationError, never, run_pass, settle
+from .passes import EvaluationError, never, on_main, run_pass
 from .real import RealSide
 from .suite import METRICS, Side, check_libraries, check_metrics, compute, kept_bytes, uses_protocol
 
@@ -179,24 +179,21 @@ class Evaluator:
         Raises:
             EvaluationError: The main process could not read the reference or the images, see `measure`.
         """
-        error, request = None, {}
-        if rank() == 0:
-            try:
-                about = images.request() if isinstance(images, Requested) else images.record()
-                code = environment()
-                request = {
-                    **self._describe(),
-                    "metrics": sorted(self.request.metrics),
-                    "reference": self._real.identify(),
-                    "generated": {"n": len(images), **about},
-                    "code": {"commit": code["commit"], **{p: code["packages"][p] for p in ("torch", "diffusers")}},
-                }
-                request = json.loads(json.dumps(request, allow_nan=False))
-            except Exception as raised:
-                error = raised
-        settle(error)
-        plain: dict[str, Any] = from_main(request)
-        return plain
+
+        def describe() -> dict[str, Any]:
+            about = images.request() if isinstance(images, Requested) else images.record()
+            code = environment()
+            request = {
+                **self._describe(),
+                "metrics": sorted(self.request.metrics),
+                "reference": self._real.identify(),
+                "generated": {"n": len(images), **about},
+                "code": {"commit": code["commit"], **{p: code["packages"][p] for p in ("torch", "diffusers")}},
+            }
+            plain: dict[str, Any] = json.loads(json.dumps(request, allow_nan=False))
+            return plain
+
+        return on_main(describe)
 
     def about_reference(self) -> dict[str, Any]:
         """Say what is known of the reference before anything is read or hashed; no collective.
@@ -315,18 +312,14 @@ class Evaluator:
         """Number this attempt, and find what earlier ones have seen; as the main process finds it, on all."""
         if partial is None:
             return np.empty(0, np.int64)
-        found, error = (np.empty(0, np.int64), 0), None
-        if rank() == 0:
-            try:
-                found = partial.done(), partial.next_attempt()
-                if len(found[0]) and not 0 <= found[0][0] <= found[0][-1] < n:
-                    raise ValueError(
-                        f"{partial.folder} has images beyond the {n} of this evaluation: delete the folder"
-                    )
-            except Exception as raised:
-                error = raised
-        settle(error)
-        done, attempt = from_main(found)
+
+        def look() -> tuple[np.ndarray, int]:
+            done = partial.done()
+            if len(done) and not 0 <= done[0] <= done[-1] < n:
+                raise ValueError(f"{partial.folder} has images beyond the {n} of this evaluation: delete the folder")
+            return done, partial.next_attempt()
+
+        done, attempt = on_main(look)
         partial.begin(attempt)
         return done
 
@@ -370,29 +363,24 @@ class Evaluator:
 
     def _conclude(
         self, side: Side, images: ImageSet, partial: Partial | None, seen: int, seconds: float
-    ) -> Measurement | None:
+    ) -> Measurement:
         """Join the statistics of all processes and attempts, compute on the main process, and tell the others."""
-        error: Exception | None = None
-        measurement: Measurement | None = None
-        if rank() == 0 and partial is not None:
-            try:
+
+        def add_earlier() -> None:
+            if partial is not None:
                 for state in partial.earlier_states():
                     side.add_state(state)
                     del state  # before the next one is read
-            except Exception as raised:
-                error = raised
-        settle(error)
+
+        def measured() -> Measurement:
+            values = compute(self.request.metrics, side, self._real.real, seed=self.request.seed)
+            speed = seen / seconds if seen else 0.0
+            record = self._record(images, side.count - seen, seconds, speed)
+            return Measurement(values, side.count, self._real.count, seconds, speed, record)
+
+        on_main(add_earlier)
         side.reduce()
-        if rank() == 0:
-            try:
-                values = compute(self.request.metrics, side, self._real.real, seed=self.request.seed)
-                speed = seen / seconds if seen else 0.0
-                record = self._record(images, side.count - seen, seconds, speed)
-                measurement = Measurement(values, side.count, self._real.count, seconds, speed, record)
-            except Exception as raised:
-                error = raised
-        settle(error)
-        return from_main(measurement)
+        return on_main(measured)
 
     def _record(self, images: ImageSet, reused: int, seconds: float, speed: float) -> dict[str, Any]:
         device = str(self._device)

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..metrics.images import ImageSet
-from ..metrics.processes import agree, gather, rank, world_size
+from ..metrics.processes import agree, from_main, gather, rank, world_size
 from ..threads import background_thread
+
+Result = TypeVar("Result")
 
 AHEAD = 4  # batches read before they are needed
 # Rounds of batches between two agreements: a collective waits for the device, which is nothing beside sampling a batch,
@@ -61,6 +64,43 @@ def settle(error: Exception | None, *, stop: bool = False) -> bool:
     causes = gather(None if error is None else f"{type(error).__name__}: {error}")
     told = [f"rank {i} of {world} failed: {cause}" for i, cause in enumerate(causes) if cause is not None]
     raise EvaluationError("; ".join(told)) from error
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do something on every process, with the errors agreed on; a collective.
+
+    Args:
+        action: What to do; it must not be a collective itself.
+
+    Returns:
+        What it gave on this process.
+
+    Raises:
+        EvaluationError: It failed on a process, see `settle`.
+    """
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:  # whatever it is, the other processes must hear of it
+        error = raised
+    settle(error)
+    return result
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Do something on the main process, and give every process what came of it; a collective.
+
+    Args:
+        action: What to do there; it gives a small Python value.
+
+    Returns:
+        The main process's result.
+
+    Raises:
+        EvaluationError: It failed, see `settle`.
+    """
+    result: Result = from_main(together(lambda: action() if rank() == 0 else None))
+    return result
 
 
 def run_pass(

@@ -24,7 +24,7 @@ from ..metrics.network import FeatureNetwork
 from ..metrics.npz import array_names, open_archive
 from ..metrics.processes import rank
 from ..metrics.reference import REFERENCE_KEYS, Reference, load_reference
-from .passes import run_pass, settle
+from .passes import run_pass, together
 from .suite import FULL_COUNT, METRICS, REAL_KEPT, Real, Side, distance, extract, needs_reference
 from .videos import VideoFiles
 
@@ -145,13 +145,8 @@ class RealSide:
             return False
         for part in (*sides, tables):
             part.reduce()
-        real, error = Real({}, {}, {}), None
-        if rank() == 0:  # alone, since only it computes; and the others need not keep the tables
-            try:
-                real = self._finish(sides, tables)
-            except Exception as raised:
-                error = raised
-        settle(error)
+        # On the main process alone, since only it computes; and the others need not keep the tables.
+        real = together(lambda: self._finish(sides, tables) if rank() == 0 else Real({}, {}, {}))
         self._prepared = (n_fake, real)
         return True
 

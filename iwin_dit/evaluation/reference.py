@@ -29,10 +29,10 @@ from ..files import list_files
 from ..metrics.frechet import frechet_distance
 from ..metrics.moments import Gaussian, Moments
 from ..metrics.network import FeatureNetwork
-from ..metrics.processes import agree, from_main, gather, rank, sum_over_processes, world_size
+from ..metrics.processes import agree, gather, rank, sum_over_processes, world_size
 from ..metrics.reference import REFERENCE_KEYS, save_reference
 from ..metrics.result import environment
-from .passes import settle
+from .passes import on_main, settle, together
 
 logger = logging.getLogger(__name__)
 
@@ -172,18 +172,15 @@ def make_reference(
     scan.run(progress)
     scan.reduce()
     images = scan.collect_images()
-    provenance: dict[str, Any] = {}
-    error: Exception | None = None
-    try:
-        scan.check_broken()  # those of all processes
-        if rank() == 0:
-            gaussians, floor = scan.statistics()
-            provenance = scan.provenance(floor, 0 if images is None else len(images))
-            save_reference(out, gaussians, provenance, images)
-    except Exception as raised:  # whatever it is, the other processes must hear of it
-        error = raised
-    settle(error)
-    return from_main(provenance)
+
+    def write() -> dict[str, Any]:
+        gaussians, floor = scan.statistics()
+        provenance = scan.provenance(floor, 0 if images is None else len(images))
+        save_reference(out, gaussians, provenance, images)
+        return provenance
+
+    together(scan.check_broken)  # those of all processes
+    return on_main(write)
 
 
 class _Image(NamedTuple):

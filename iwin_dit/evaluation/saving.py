@@ -28,7 +28,7 @@ from ..metrics.images import ImageArray, ImageFiles, ImageZip
 from ..metrics.npz import array_names, explain_damage, open_archive, read_array
 from ..metrics.processes import rank, world_size
 from .partial import differences
-from .passes import settle
+from .passes import together
 from .samples import SampledImages, describe
 
 _SETTINGS = "sampling.json"
@@ -235,16 +235,15 @@ class KeptSamples:
         Raises:
             EvaluationError: If a process of several fails; a single process raises its error as it is.
         """
-        error: Exception | None = None
-        try:
+
+        def read_missing() -> None:
             share = range(rank(), len(self), world_size())
             for start in range(0, len(share), batch_size):
                 missing = [index for index in share[start : start + batch_size] if not self._has(index)]
                 if missing:
                     self.read(missing)
-        except Exception as raised:
-            error = raised
-        settle(error)
+
+        together(read_missing)
 
     def _has(self, index: int) -> bool:
         raise NotImplementedError

@@ -4,6 +4,7 @@ Owns the points, their files and how they are laid out. Must not know how a poin
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -16,11 +17,10 @@ from typing import Any
 
 from ..charts import Panel, Series, save_charts
 from ..files import write_durably, write_json
-from ..metrics.processes import from_main, rank
 from ..pipelines import IwinDiTPipeline
 from .evaluator import Evaluator
 from .partial import Partial, differences
-from .passes import never, settle
+from .passes import never, on_main, together
 from .report import content, early_warnings, metric_of, warnings
 from .samples import SampledImages, Sampling
 from .suite import METRICS
@@ -111,7 +111,7 @@ def measure_grid(
         if path in paths and paths[path].model != point.model:
             raise ValueError(f"{paths[path].model} and {point.model} would both be {path.name}: sweep them apart")
         paths.setdefault(path, point)
-        stored = _stored_on_main(path, evaluator.request_for(images))
+        stored = on_main(functools.partial(_stored, path, evaluator.request_for(images)))
         if stored is not None:
             results[path] = stored
         about = {"path": evaluator.request.reference, **evaluator.about_reference()}
@@ -128,7 +128,8 @@ def measure_grid(
         if measured is None:
             return None
         results[path] = measured
-        _write_so_far([results[path] for path in paths if path in results], folder)
+        so_far = [results[path] for path in paths if path in results]
+        on_main(functools.partial(write_sweep, so_far, folder))
     return [results[path] for path in paths]
 
 
@@ -263,24 +264,18 @@ def _measure_point(
 ) -> dict[str, Any] | None:
     """Make the result of one point, on every process; None if it was stopped. `said` has the warnings so far."""
     request = evaluator.request_for(images)
-    error: Exception | None = None
-    try:
-        partial = Partial(path.with_name(f"{path.name}.partial"), request)
-    except (ValueError, OSError) as raised:
-        error = raised
-    settle(error)
+    partial = together(lambda: Partial(path.with_name(f"{path.name}.partial"), request))
     measurement = evaluator.measure(images, partial=partial, stopping=stopping)
     if measurement is None:
         return None
     result = {**content(measurement), "request": request}
-    if rank() == 0:
+
+    def write() -> None:
         _warn(warnings(measurement), said)
-        try:
-            write_json(path, result)
-            partial.remove()
-        except (ValueError, OSError) as raised:
-            error = raised
-    settle(error)
+        write_json(path, result)
+        partial.remove()
+
+    on_main(write)
     return result
 
 
@@ -290,30 +285,6 @@ def _warn(found: Iterable[str], said: set[str]) -> None:
         if warning not in said:
             logger.warning("warning: %s", warning)
         said.add(warning)
-
-
-def _write_so_far(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write table and plot, from one process; a collective."""
-    error: Exception | None = None
-    if rank() == 0:
-        try:
-            write_sweep(results, folder)
-        except (ValueError, OSError, ImportError) as raised:
-            error = raised
-    settle(error)
-
-
-def _stored_on_main(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in a file as the main process sees it, on every process."""
-    error: Exception | None = None
-    result = None
-    try:
-        result = _stored(path, request) if rank() == 0 else None
-    except (ValueError, OSError) as raised:
-        error = raised
-    settle(error)
-    stored: dict[str, Any] | None = from_main(result)
-    return stored
 
 
 def _stored(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:

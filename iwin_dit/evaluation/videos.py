@@ -69,6 +69,7 @@ class VideoFiles:
             counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(_LISTED))
             raise ValueError(f"expected clips of one size in {folder}, got {counts}: crop them as for training")
         self.size = next(iter(sizes))
+        self._record: dict[str, Any] | None = None
         self._rates = [float(clip.rate) for clip in facts if clip.rate is not None]
 
     def __len__(self) -> int:
@@ -92,7 +93,12 @@ class VideoFiles:
         return torch.from_numpy(clips).permute(0, 1, 4, 2, 3)  # (B, T, H, W, 3) -> (B, T, 3, H, W)
 
     def record(self) -> dict[str, Any]:
-        """What identifies the set and how it was read; all files are hashed now."""
+        """What identifies the set and how it was read; all files are hashed at the first call."""
+        if self._record is None:
+            self._record = self._identify()
+        return self._record
+
+    def _identify(self) -> dict[str, Any]:
         digests = list(self._pool.map(_clip_sha256, self.paths))
         names = [path.relative_to(self.folder).as_posix() for path in self.paths]
         listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from ..data.codec import LatentCodec
 from ..evaluation import report
 from ..evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
-from ..evaluation.passes import settle
+from ..evaluation.passes import together
 from ..evaluation.samples import SampledImages, Sampling
 from ..evaluation.suite import METRICS, reported_names
 from ..files import write_json
@@ -109,13 +109,9 @@ def evaluate(
     Returns:
         The measurement, the same on every process; None if it failed or was ended.
     """
-    weights, problem = whole_weights(state.ema.model), None
+    weights = whole_weights(state.ema.model)
     try:
-        images = _samples(config, model_from(config, weights), codec, class_names, state.step)
-    except Exception as error:
-        problem = error
-    try:
-        settle(problem)
+        images = together(lambda: _samples(config, model_from(config, weights), codec, class_names, state.step))
         return evaluator.measure(images, stopping=stopping, progress=False)
     except Exception as error:
         if accelerator.num_processes > 1 and not isinstance(error, EvaluationError):
