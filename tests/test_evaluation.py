@@ -259,6 +259,7 @@ def test_kid_is_of_a_hundred_seeded_subsets_of_a_thousand(tmp_path: Path) -> Non
     assert found[0]["value"] != found[1]["value"]
 
 
+@pytest.mark.slow
 def test_of_many_real_images_ten_thousand_are_kept(tmp_path: Path) -> None:
     real = torch.cat([pixels(5030, 1), pixels(5030, 2, top=100)])
     path, statistics_too = write_images(tmp_path / "real.npz", real), write_statistics(tmp_path / "adm.npz", None, real)

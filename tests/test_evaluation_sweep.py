@@ -147,6 +147,7 @@ def test_charts_are_pictures_and_other_files_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

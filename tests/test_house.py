@@ -113,6 +113,7 @@ def test_only_scripts_compile():
         assert "torch.compile" not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light():
     """`import iwin_dit` adds neither training, metrics nor an optional package to what diffusers loads anyway."""
     heavy = (

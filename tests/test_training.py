@@ -285,6 +285,7 @@ def test_a_killed_run_resumes_bit_for_bit_under_the_cosine_schedule(data, tmp_pa
     assert len(losses(run)) == 4
 
 
+@pytest.mark.slow
 def test_the_loss_falls(data, tmp_path):
     """From 1.1, the cost of the zeros that an untrained model predicts, to 0.21 (over the last five of 40 steps)."""
     arguments = ["--train.images", "1280", "--optim.warmup_images", "160"]
@@ -410,6 +411,7 @@ def test_a_tracker_that_fails_is_let_go(data, tmp_path, caplog):
     assert len(losses(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_weights_and_biases_run_without_network(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train("--run", str(tmp_path), *data, *SMALL, "--train.images", "32", "--log.tracker", "wandb")

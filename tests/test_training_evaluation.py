@@ -169,6 +169,7 @@ def test_what_cannot_be_measured_is_found_before_training(extra, message, base, 
 # --- the numbers
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(base, tmp_path, caplog):
     """Bit for bit; and the numbers are those of the checkpoint."""
     with_it, without = tmp_path / "with", tmp_path / "without"
@@ -219,6 +220,7 @@ def test_a_resumed_run_has_the_same_evaluations(base, tmp_path):
     assert best(parts) == best(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_on", [True, False], ids=["midway", "finished"])
 def test_an_evaluation_that_was_stopped_is_made_up_for(train_on, base, tmp_path, monkeypatch):
     """By the run that goes on, before it trains: the same values, the same bits, the same best."""
@@ -320,6 +322,7 @@ def test_a_best_that_cannot_be_saved_is_none(base, tmp_path, monkeypatch, caplog
     assert checkpoints(path) == [4]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_run_that_goes_back(base, tmp_path, monkeypatch, caplog):
     path = tmp_path / "run"
     arguments = [*base, "--run", str(path), "--eval.every", "1", "--log.keep_last", "9", "--log.asynchronous", "false"]
