@@ -9,12 +9,21 @@ import sys
 
 import diffusers
 
-from .models import IwinDiTTransformer2DModel, preset
+from .models import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, preset
+from .models.inflate import inflate
 from .nn import IwinAttention
-from .pipelines import IwinDiTPipeline
+from .pipelines import IwinDiTPipeline, IwinDiTVideoPipeline
 
 __version__ = "0.1.0"
-__all__ = ["IwinAttention", "IwinDiTPipeline", "IwinDiTTransformer2DModel", "preset"]
+__all__ = [
+    "IwinAttention",
+    "IwinDiTPipeline",
+    "IwinDiTTransformer2DModel",
+    "IwinDiTTransformer3DModel",
+    "IwinDiTVideoPipeline",
+    "inflate",
+    "preset",
+]
 
 
 def _register_with_diffusers() -> None:
@@ -25,7 +34,7 @@ def _register_with_diffusers() -> None:
     """
     if not hasattr(diffusers.pipelines, __name__):
         setattr(diffusers.pipelines, __name__, sys.modules[__name__])
-    for cls in (IwinDiTTransformer2DModel, IwinDiTPipeline):
+    for cls in (IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, IwinDiTPipeline, IwinDiTVideoPipeline):
         cls.__module__ = __name__
         if not hasattr(diffusers, cls.__name__):
             setattr(diffusers, cls.__name__, cls)

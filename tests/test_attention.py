@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwin_dit.nn import IwinAttention
-from iwin_dit.nn.windows import resolve_window
+from iwin_dit.nn.windows import per_axis, resolve_window
 from tests.test_windows import CASES
 
 
@@ -33,15 +33,27 @@ def dense_attention(attn, x, mask):
     return attn.to_out(y).view_as(x)
 
 
-def check_against_dense(grid, window, interleaved, qk_norm=True):
+def dense_iwin_attention(attn, x):
+    """The specification of the layer: Lemma 1 on the grid, or on the grid filled up with zeros that attend."""
+    grid = x.shape[1:-1]
+    if attn.window_padding == "attended":
+        sides = per_axis(attn.window_size, len(grid), "window")
+        lengths = [n if m == -1 else min(m, n) for n, m in zip(grid, sides, strict=True)]
+        ends = [-n % m for n, m in zip(grid, lengths, strict=True)]
+        x = F.pad(x, [0, 0, *(p for end in reversed(ends) for p in (0, end))])
+    y = dense_attention(attn, x, lemma_1_mask(x.shape[1:-1], attn.window_size, attn.interleaved))
+    return y[(slice(None), *map(slice, grid))]
+
+
+def check_against_dense(grid, window, interleaved, qk_norm=True, window_padding="masked"):
     torch.manual_seed(0)
-    attn = IwinAttention(8, 2, window, interleaved=interleaved, qk_norm=qk_norm).double()
+    attn = IwinAttention(8, 2, window, interleaved=interleaved, qk_norm=qk_norm, window_padding=window_padding).double()
     x = torch.randn(2, *grid, 8, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn_like(x)
     leaves = [x, *attn.parameters()]
 
     y = attn(x)
-    expected = dense_attention(attn, x, lemma_1_mask(grid, window, interleaved))
+    expected = dense_iwin_attention(attn, x)
 
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(y, leaves, cotangent)
@@ -49,10 +61,11 @@ def check_against_dense(grid, window, interleaved, qk_norm=True):
         torch.testing.assert_close(ours, dense, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("window_padding", ["masked", "attended"])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("grid", "window"), CASES)
-def test_lemma_1(grid, window, interleaved):
-    check_against_dense(grid, window, interleaved)
+def test_lemma_1(grid, window, interleaved, window_padding):
+    check_against_dense(grid, window, interleaved, window_padding=window_padding)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -60,10 +73,11 @@ def test_lemma_1(grid, window, interleaved):
     shape=st.integers(1, 3).flatmap(lambda rank: st.tuples(*[st.tuples(st.integers(1, 7), st.integers(1, 7))] * rank)),
     interleaved=st.booleans(),
     qk_norm=st.booleans(),
+    window_padding=st.sampled_from(["masked", "attended"]),
 )
-def test_lemma_1_for_random_shapes(shape, interleaved, qk_norm):
+def test_lemma_1_for_random_shapes(shape, interleaved, qk_norm, window_padding):
     grid, window = (tuple(axis) for axis in zip(*shape, strict=True))
-    check_against_dense(grid, window, interleaved, qk_norm)
+    check_against_dense(grid, window, interleaved, qk_norm, window_padding)
 
 
 def test_a_full_window_is_plain_attention():
@@ -100,6 +114,18 @@ def test_backends_without_masks_are_refused_for_padded_grids_only(backend):
         attn(torch.randn(1, 7, 5, 8))
 
 
+def test_attended_padding_needs_no_mask():
+    """So that a backend without masks takes it; and the padded cells do change the result."""
+    masked, attended = IwinAttention(8, 2, 4), IwinAttention(8, 2, 4, window_padding="attended")
+    attended.load_state_dict(masked.state_dict())
+    aligned, odd = torch.randn(1, 8, 4, 8), torch.randn(1, 7, 5, 8)
+    assert torch.equal(attended(aligned), masked(aligned))
+    expected = attended(odd)
+    assert not torch.allclose(expected, masked(odd))
+    with attention_backend("_native_flash"):
+        torch.testing.assert_close(attended(odd), expected)
+
+
 def test_the_globally_active_backend_is_checked_too():
     attn = IwinAttention(8, 2, 4)
     with attention_backend("_native_flash"), pytest.raises(ValueError, match="'_native_flash' cannot do"):
@@ -122,6 +148,7 @@ def test_fused_projections():
         ({"num_heads": 3}, "num_heads must divide dim=8, got 3"),
         ({"num_heads": 2, "window_size": 0}, "positive, or -1"),
         ({"num_heads": 2, "window_size": (4, -2)}, "positive, or -1"),
+        ({"num_heads": 2, "window_padding": "zeros"}, "window padding must be 'masked' or 'attended', got 'zeros'"),
     ],
 )
 def test_mistakes_at_construction(arguments, message):

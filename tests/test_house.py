@@ -41,7 +41,7 @@ WITHIN_NN = {
     "conv": {"windows"},
     "embeddings": {"windows"},
     "attention": {"windows"},
-    "blocks": {"attention", "conv"},
+    "blocks": {"attention", "conv", "windows"},
     "__init__": {"attention", "blocks", "conv", "embeddings"},
 }
 # Third-party packages that only these files may import.

@@ -1,14 +1,18 @@
-"""Convolution, embeddings and blocks against closed forms."""
+"""Convolution, embeddings and blocks against closed forms; the published video block against its golden tensors."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+from iwin_dit.models.loading import load_strictly
 from iwin_dit.nn import (
     DepthwiseConv,
     FinalLayer,
+    IwinAttention,
     IwinDiTBlock,
     TimestepEmbedding,
     drop_labels,
@@ -18,30 +22,35 @@ from iwin_dit.nn import (
 )
 from iwin_dit.nn.blocks import GeluMLP, SwiGLU, modulate
 from iwin_dit.nn.embeddings import timestep_features
+from tests.tools import relative_error
 
 # --- convolution
 
 
 @pytest.mark.parametrize(
-    ("rank", "kernel", "size"),
+    ("rank", "kernel", "size", "causal"),
     [
-        (1, 3, (9,)),
-        (2, 3, (6, 5)),
-        (2, (3, 5), (4, 7)),
-        (3, (2, 3, 3), (4, 5, 6)),
-        (3, 3, (5, 4, 4)),
-        (3, (4, 3, 1), (2, 3, 3)),
+        (1, 3, (9,), True),
+        (2, 3, (6, 5), True),
+        (2, (3, 5), (4, 7), True),
+        (3, (2, 3, 3), (4, 5, 6), True),
+        (3, 3, (5, 4, 4), True),
+        (3, (4, 3, 1), (2, 3, 3), True),
+        (3, 3, (5, 4, 4), False),
+        (3, (5, 1, 3), (4, 3, 3), False),
+        (3, (5, 3, 3), (1, 3, 3), False),
+        (3, (1, 3, 3), (2, 3, 3), False),
     ],
 )
-def test_conv_equals_torch(rank, kernel, size):
+def test_conv_equals_torch(rank, kernel, size, causal):
     """Against torch's own depthwise convolution, forward and gradients; causal in time means padding in front only."""
     torch.manual_seed(0)
-    conv = DepthwiseConv(4, kernel, rank).double()
+    conv = DepthwiseConv(4, kernel, rank, causal).double()
     torch.nn.init.normal_(conv.bias)
     x = torch.randn(2, *size, 4, dtype=torch.float64, requires_grad=True)
     channels_first = x.movedim(-1, 1)
     pads = [(k // 2, k // 2) for k in conv.kernel_size]
-    if rank == 3:
+    if rank == 3 and causal:
         pads[0] = (conv.kernel_size[0] - 1, 0)
     padded = F.pad(channels_first, [p for pair in reversed(pads) for p in pair])
     expected = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank](padded, conv.weight, conv.bias, groups=4).movedim(1, -1)
@@ -63,6 +72,15 @@ def test_conv_is_causal_in_time():
     later[:, 3:] += 1
     assert torch.equal(conv(x)[:, :3], conv(later)[:, :3])
     assert not torch.equal(conv(x)[:, 3], conv(later)[:, 3])
+
+
+def test_centred_conv_sees_one_frame_ahead():
+    conv = DepthwiseConv(4, 3, rank=3, causal=False)
+    x = torch.randn(1, 6, 4, 4, 4)
+    later = x.clone()
+    later[:, 3:] += 1
+    assert torch.equal(conv(x)[:, :2], conv(later)[:, :2])
+    assert not torch.equal(conv(x)[:, 2], conv(later)[:, 2])
 
 
 def test_conv_moves_no_memory():
@@ -90,6 +108,8 @@ def test_conv_keeps_the_variance_at_initialisation():
         ({"kernel_size": 2}, "odd in space, got"),
         ({"kernel_size": (3, 3, 3)}, r"one entry per grid axis \(2\)"),
         ({"rank": 4}, "rank must be 1 to 3, got 4"),
+        ({"kernel_size": (0, 3, 3), "rank": 3}, r"positive, and odd in space, got \(0, 3, 3\)"),
+        ({"kernel_size": (2, 3, 3), "rank": 3, "causal": False}, r"odd on every axis, .*, got \(2, 3, 3\)"),
     ],
 )
 def test_conv_mistakes(arguments, message):
@@ -230,8 +250,64 @@ def test_final_layer_by_definition():
         ({"gate": "one"}, "gate must be 'zero' or 'one_plus', got 'one'"),
         ({"norm_type": "rms"}, "norm_type must be 'rms_norm' or 'layer_norm', got 'rms'"),
         ({"activation_fn": "gelu"}, "activation_fn must be one of"),
+        ({"window_padding": "zeros"}, "window padding must be 'masked' or 'attended', got 'zeros'"),
     ],
 )
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
         IwinDiTBlock(16, 2, 2, **options)
+
+
+# --- the published video block
+
+GOLDEN = Path(__file__).parent / "golden" / "iwin_block_3d.safetensors"
+TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of outputs and input gradients
+
+
+class PublishedVideoBlock(torch.nn.Module):
+    """The published block, x + attn(norm(x)) + conv(norm(x)) and x + mlp(norm(x)), from this package's layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = torch.nn.LayerNorm(24), torch.nn.LayerNorm(24)
+        self.attn = IwinAttention(24, 3, (2, 4, 4), qk_norm=False, window_padding="attended")
+        self.conv = DepthwiseConv(24, (2, 3, 3), rank=3)
+        self.fc1, self.fc2 = torch.nn.Linear(24, 96), torch.nn.Linear(96, 24)
+
+    def forward(self, x):
+        h = self.norm1(x)
+        x = x + self.attn(h) + self.conv(h)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def published_names(tensors):
+    """The file's weights under this package's names."""
+    names = {"attn.proj.": "attn.to_out.", "dwconv.depthwise.": "conv.", "mlp.": ""}
+    renamed = {}
+    for name, value in tensors.items():
+        name = name.removeprefix("params.")
+        if name.startswith("attn.qkv."):
+            parts = zip(("to_q", "to_k", "to_v"), value.chunk(3), strict=True)
+            renamed |= {name.replace("qkv", part): rows for part, rows in parts}
+        else:
+            for theirs, ours in names.items():
+                name = name.replace(theirs, ours)
+            renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", ["aligned", "padded"])
+def test_published_video_block(case, dtype):
+    tensors = {name: value.to(dtype) for name, value in load_file(GOLDEN).items()}
+    block = PublishedVideoBlock().to(dtype)
+    load_strictly(block, published_names({k: v for k, v in tensors.items() if k.startswith("params.")}), GOLDEN.name)
+    x = tensors[f"{case}.inputs.x"].requires_grad_()
+
+    y = block(x)
+
+    assert relative_error(y, tensors[f"{case}.outputs.y"]) < TOLERANCE[dtype]
+    (y * tensors[f"{case}.inputs.r"]).sum().backward()
+    assert relative_error(x.grad, tensors[f"{case}.grads.x"]) < TOLERANCE[dtype]
+    block.attn.window_padding = "masked"  # ours differs on the padded grid alone
+    assert (relative_error(block(x), y) < TOLERANCE[dtype]) == (case == "aligned")

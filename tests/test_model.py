@@ -107,9 +107,20 @@ def test_tuple_output():
 def test_auto_window_is_stored_as_numbers(tmp_path):
     model = tiny_model(sample_size=(16, 32))
     assert model.config.window_size == (8, 16)
-    assert model.global_exchange().borders
+    assert [report.borders for report in model.global_exchange()] == [True]  # both blocks have the same window
     model.save_pretrained(tmp_path)
-    assert IwinDiTTransformer2DModel.from_pretrained(tmp_path).window_size == (8, 16)
+    assert IwinDiTTransformer2DModel.from_pretrained(tmp_path).window_sizes == ((8, 16),) * 2
+
+
+def test_a_schedule_of_windows_repeats_over_the_blocks(tmp_path):
+    model = tiny_model(num_layers=4, window_size=[(4, -1), (2, 8)])
+    assert model.window_sizes == ((4, -1), (2, 8)) * 2
+    assert [block.attn.window_size for block in model.blocks] == [(4, -1), (2, 8)] * 2
+    assert [report.window for report in model.global_exchange()] == [(4, 8), (2, 8)]
+    model.save_pretrained(tmp_path)
+    loaded = IwinDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.window_sizes == model.window_sizes
+    assert torch.equal(run(loaded), run(model))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +128,21 @@ def test_auto_window_is_stored_as_numbers(tmp_path):
     [
         ({"sample_size": 9, "patch_size": 2}, r"patch_size \(2, 2\) must divide sample_size \(9, 9\)"),
         ({"sample_size": (8, 8, 8)}, "sample_size must be an int or have one entry per grid axis"),
-        ({"window_size": "(8,8)"}, "window_size must be 'auto', an int or one int per axis, got '\\(8,8\\)'"),
+        (
+            {"window_size": "(8,8)"},
+            "window_size must be 'auto', an int, one int per axis, or a list .*, got '\\(8,8\\)'",
+        ),
         ({"window_size": 0}, "window lengths must be positive"),
         ({"window_size": (4, 4, 4)}, "window_size must be an int or have one entry per grid axis"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"conv_kernel_size": 4}, "odd"),
         ({"out_channels": 0}, "out_channels must be at least 1, or None"),
         ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 leaves no hidden channels"),
-        ({"window_size": 4.0}, "window_size must be 'auto', an int or one int per axis, got 4.0"),
+        ({"window_size": 4.0}, "window_size must be 'auto', an int, one int per axis, or a list .*, got 4.0"),
+        ({"window_size": []}, "window_size must be an int or have one entry per grid axis"),
+        ({"window_size": [(4, 4), "auto"]}, "window_size must be 'auto', an int, one int per axis, or a list .*'auto'"),
+        ({"window_size": [(4, 4), (4, 4, 4)]}, r"one entry per grid axis \(2\), got \(4, 4, 4\)"),
+        ({"window_size": [(4, 4)] * 3}, "must repeat to num_layers=2 blocks, got 3 windows"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"class_dropout_prob": 1.5}, "class_dropout_prob must be in"),
         ({"pos_embed_type": "rope"}, "pos_embed_type must be 'none' or 'sincos', got 'rope'"),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from iwin_dit.nn.windows import global_exchange, key_mask, merge, partition, plan_window, resolve_window
+from iwin_dit.nn.windows import global_exchange, key_mask, merge, partition, per_axis, plan_window, resolve_window
 
 # (grid, window): ranks 1 to 3, divisible or not, clipped, whole axes, non-square.
 CASES = [
@@ -27,6 +27,23 @@ CASES = [
 def test_merge_undoes_partition_bit_for_bit(grid, window, interleaved):
     x = torch.randn(2, *grid, 3)
     assert torch.equal(merge(partition(x, window, interleaved), grid, window, interleaved), x)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("grid", "window"), CASES)
+def test_attended_padding_keeps_the_window_as_given(grid, window, interleaved):
+    """The published code's windows: clipped to the axis, never evened out, zeros appended up to a multiple."""
+    lengths, groups = resolve_window(grid, window, "attended")
+    sides = per_axis(window, len(grid), "window")
+    assert lengths == tuple(n if m == -1 else min(m, n) for n, m in zip(grid, sides, strict=True))
+    assert groups == resolve_window(grid, window)[1]
+    padded = [m * g for m, g in zip(lengths, groups, strict=True)]
+    x = torch.randn(2, *grid, 3)
+    by_hand = torch.zeros(2, *padded, 3)
+    by_hand[(slice(None), *map(slice, grid))] = x
+    windows = partition(x, window, interleaved, "attended")
+    assert torch.equal(windows, partition(by_hand, lengths, interleaved))
+    assert torch.equal(merge(windows, grid, window, interleaved, "attended"), x)
 
 
 def test_empty_batch():
@@ -167,6 +184,8 @@ def test_planner():
         (lambda: partition(torch.zeros(1, 8), 4), "1 to 3 axes"),
         (lambda: merge(torch.zeros(3, 16, 3), (8, 8), 4), "4 windows of 16 tokens per sample, got 3 windows"),
         (lambda: global_exchange((8, 8), 4, 2), "odd on centred axes, got 2"),
+        (lambda: plan_window((8, 8), (3, 0)), r"kernel lengths must be positive, got \(3, 0\)"),
+        (lambda: resolve_window((8, 8), 4, "zeros"), "window padding must be 'masked' or 'attended', got 'zeros'"),
     ],
 )
 def test_mistakes(call, message):

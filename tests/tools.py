@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from iwin_dit import IwinDiTTransformer2DModel
+from iwin_dit import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -26,7 +26,25 @@ def tiny_model(**overrides) -> IwinDiTTransformer2DModel:
         "attention_head_dim": 8,
         "num_classes": 10,
     }
-    model = IwinDiTTransformer2DModel(**{**arguments, **overrides})
+    return _randomised(IwinDiTTransformer2DModel(**{**arguments, **overrides}))
+
+
+def tiny_video_model(**overrides) -> IwinDiTTransformer3DModel:
+    """A model of 2 blocks on 4 frames of 6 x 6 latents, every weight random so that no branch is silent."""
+    torch.manual_seed(0)
+    arguments = {
+        "sample_size": (4, 6, 6),
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_classes": 10,
+    }
+    return _randomised(IwinDiTTransformer3DModel(**{**arguments, **overrides}))
+
+
+def _randomised(model):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -1,6 +1,6 @@
 """diffusers models."""
 
 from .presets import PRESETS, preset
-from .transformer import IwinDiTTransformer2DModel
+from .transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 
-__all__ = ["PRESETS", "IwinDiTTransformer2DModel", "preset"]
+__all__ = ["PRESETS", "IwinDiTTransformer2DModel", "IwinDiTTransformer3DModel", "preset"]

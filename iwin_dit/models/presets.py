@@ -27,7 +27,8 @@ def preset(name: str, **overrides: Any) -> dict[str, Any]:
         overrides: Further or other keyword arguments of the model.
 
     Returns:
-        Keyword arguments for `IwinDiTTransformer2DModel`.
+        Keyword arguments for `IwinDiTTransformer2DModel`. For `IwinDiTTransformer3DModel` override `patch_size` by
+        (pt, ph, pw): the preset's one number would hold in time too.
 
     Raises:
         ValueError: If the name is unknown.

@@ -1,12 +1,13 @@
-"""The Iwin diffusion transformer: one rank-generic core and its public 2-D class.
+"""The Iwin diffusion transformer: one rank-generic core and its public classes for images and for videos.
 
 Owns the order of computation, the checks at construction and the initialisation of every weight. Layers are in
-`iwin_dit.nn`; sampling, training and data are not known here. Letters: nn/windows.py.
+`iwin_dit.nn`; sampling, training and data are not known here. Letters: nn/windows.py; t, h, w are sizes of latents,
+T, H, W of the token grid.
 """
 
 import math
 import os
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard, get_args
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -28,9 +29,43 @@ from ..nn import (
     unpatchify,
 )
 from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
-from ..nn.windows import GlobalExchange, global_exchange, per_axis, plan_window
+from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
 
 Size = int | tuple[int, ...]
+Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
+SingleFrame = Literal["refuse", "repeat"]
+
+
+def window_schedule(window_size: Windows, rank: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Read the configuration of windows: one for all blocks, or a list of them that is repeated over the blocks.
+
+    Args:
+        window_size: A window length for every axis, one per axis, or a list of windows.
+        rank: Grid axes.
+        num_layers: Number of blocks.
+
+    Returns:
+        The windows to repeat, one length per axis each; -1 means the whole axis. A single window is a list of one.
+
+    Raises:
+        ValueError: If it is none of these, a window does not fit the rank, or the length of the list does not divide
+            the number of blocks.
+    """
+    windows = [window_size] if _is_window(window_size) else window_size
+    if not isinstance(windows, list | tuple) or not windows or not all(map(_is_window, windows)):
+        raise ValueError(
+            f"window_size must be 'auto', an int, one int per axis, or a list of such windows, got {window_size!r}"
+        )
+    if num_layers % len(windows):
+        raise ValueError(
+            f"a schedule of windows must repeat to num_layers={num_layers} blocks, got {len(windows)} windows: "
+            f"{window_size}"
+        )
+    return tuple(per_axis(window, rank, "window_size") for window in windows)
+
+
+def _is_window(value: object) -> TypeGuard[Size]:
+    return isinstance(value, int) or (isinstance(value, list | tuple) and all(isinstance(m, int) for m in value))
 
 
 class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -43,18 +78,21 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
     rank: ClassVar[int]
 
-    def _build(self) -> None:
-        """Check the configuration and build every layer from it."""
+    def _build(self, causal_conv: bool = True, window_padding: WindowPadding = "masked") -> None:
+        """Check the configuration and build every layer from it; images have no use for the arguments."""
         config, rank = self.config, self.rank
         dim = config.num_attention_heads * config.attention_head_dim
         self._check_config(dim)
         self.patch_size = per_axis(config.patch_size, rank, "patch_size")
         self.latent_size = per_axis(config.sample_size, rank, "sample_size")
         self.base_grid = tuple(n // p for n, p in zip(self.latent_size, self.patch_size, strict=True))
-        kernel_size = per_axis(config.conv_kernel_size, rank, "conv_kernel_size")
+        self.kernel_size = per_axis(config.conv_kernel_size, rank, "conv_kernel_size")
+        self.causal_axes = (0,) if rank == 3 and causal_conv else ()
+        self.window_padding: WindowPadding = window_padding
         if config.window_size == "auto":
-            self.register_to_config(window_size=plan_window(self.base_grid, kernel_size, self._causal_axes()))
-        self.window_size = per_axis(self.config.window_size, rank, "window_size")
+            self.register_to_config(window_size=plan_window(self.base_grid, self.kernel_size, self.causal_axes))
+        schedule = window_schedule(self.config.window_size, rank, config.num_layers)
+        self.window_sizes = schedule * (config.num_layers // len(schedule))
 
         self.out_channels = config.out_channels or config.in_channels
         self.patch_embed = nn.Linear(math.prod(self.patch_size) * config.in_channels, dim)
@@ -64,18 +102,20 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             IwinDiTBlock(
                 dim,
                 config.num_attention_heads,
-                self.window_size,
+                window_size,
                 rank=rank,
                 structure=config.block_structure,
                 gate=config.gate,
                 mlp_ratio=config.mlp_ratio,
-                conv_kernel_size=kernel_size,
+                conv_kernel_size=self.kernel_size,
                 norm_type=config.norm_type,
                 activation_fn=config.activation_fn,
                 qkv_bias=config.qkv_bias,
                 qk_norm=config.qk_norm,
+                causal_conv=causal_conv,
+                window_padding=window_padding,
             )
-            for _ in range(config.num_layers)
+            for window_size in self.window_sizes
         )
         self.final_layer = FinalLayer(dim, math.prod(self.patch_size) * self.out_channels, config.norm_type)
         self.gradient_checkpointing = False
@@ -94,9 +134,6 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         patch_size = per_axis(config.patch_size, rank, "patch_size")
         if any(p < 1 or n < 1 or n % p for n, p in zip(sample_size, patch_size, strict=True)):
             raise ValueError(f"patch_size {patch_size} must divide sample_size {sample_size} on every axis")
-        windows = config.window_size if isinstance(config.window_size, list | tuple) else [config.window_size]
-        if config.window_size != "auto" and not all(isinstance(m, int) for m in windows):
-            raise ValueError(f"window_size must be 'auto', an int or one int per axis, got {config.window_size!r}")
         if not 0.0 <= config.class_dropout_prob <= 1.0:
             raise ValueError(f"class_dropout_prob must be in [0, 1], got {config.class_dropout_prob}")
         if config.pos_embed_type not in ("none", "sincos"):
@@ -146,9 +183,6 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                 setattr(model.get_submodule(owner), leaf, fresh.get_parameter(name))
         return (model, info) if wants_info else model
 
-    def _causal_axes(self) -> tuple[int, ...]:
-        return (0,) if self.rank == 3 else ()
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise every weight.
@@ -194,9 +228,16 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         """
         return drop_labels(class_labels, self.null_class, self.config.class_dropout_prob, uniform)
 
-    def global_exchange(self) -> GlobalExchange:
-        """Report the paper's global-exchange condition for this model's grid, window and kernel."""
-        return global_exchange(self.base_grid, self.window_size, self.config.conv_kernel_size, self._causal_axes())
+    def global_exchange(self) -> tuple[GlobalExchange, ...]:
+        """Report the paper's global-exchange condition for this model's grid and kernel, once per distinct window.
+
+        Returns:
+            One report per window of the schedule, in its order, each as if all blocks had that window.
+        """
+        return tuple(
+            global_exchange(self.base_grid, window_size, self.kernel_size, self.causal_axes, self.window_padding)
+            for window_size in dict.fromkeys(self.window_sizes)
+        )
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -268,8 +309,9 @@ class IwinDiTTransformer2DModel(IwinDiTCore):
         mlp_ratio: Hidden width of the MLP over the width.
         num_classes: Number of classes; the null class is `num_classes`.
         class_dropout_prob: Probability with which training drops a label.
-        window_size: Window side, (height, width), or "auto": the cheapest windows that divide the grid and let two
-            blocks exchange information between all pairs of tokens. -1 means the whole axis. "auto" is resolved at
+        window_size: Window side, (height, width), a schedule, or "auto": the cheapest windows that divide the grid and
+            let two blocks exchange information between all pairs of tokens. -1 means the whole axis. A schedule is a
+            list of windows, repeated over the blocks, whose number its length must divide. "auto" is resolved at
             construction and stored as numbers.
         conv_kernel_size: Kernel side of the depthwise convolution, or (height, width); odd.
         block_structure: "parallel" (S1), "independent" (S2) or "serial" (S3) of the paper's Figure 3.
@@ -300,7 +342,7 @@ class IwinDiTTransformer2DModel(IwinDiTCore):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
-        window_size: Size | Literal["auto"] = "auto",
+        window_size: Windows = "auto",
         conv_kernel_size: Size = 3,
         block_structure: BlockStructure = "parallel",
         gate: Gate = "zero",
@@ -313,3 +355,131 @@ class IwinDiTTransformer2DModel(IwinDiTCore):
     ) -> None:
         super().__init__()
         self._build()
+
+
+class IwinDiTTransformer3DModel(IwinDiTCore):
+    """Class-conditional diffusion transformer with Iwin attention and depthwise convolution, for video latents.
+
+    The same core as `IwinDiTTransformer2DModel` on a grid of three axes: latents (B, C, t, h, w) in patches
+    (pt, ph, pw) become tokens (B, T, H, W, C), which attend inside windows (Mt, Mh, Mw), interleaved on all three axes,
+    and meet their neighbours in a convolution (Kt, Kh, Kw) (the published Iwin 3D block; arXiv 2507.18405).
+
+    Causal in time means the convolution alone: with `causal_conv` a frame takes nothing from later ones through it.
+    Attention inside a window is not causal, so that the model as a whole is causal only where every window is one frame
+    long. Factorised attention as in Latte (arXiv 2401.03048), blocks that alternate between space and time, is the
+    schedule `[[1, -1, -1], [-1, 1, 1]]`.
+
+    A clip of one latent frame runs through the same weights. `models.inflate` makes such a model from one for images.
+
+    Args:
+        sample_size: (t, h, w) of the training latents, or one int for all three. Other sizes work; this one plans
+            `window_size="auto"` and anchors the sin-cos positions.
+        patch_size: (pt, ph, pw) of a patch, or one int for all three.
+        in_channels: Latent channels.
+        out_channels: Predicted channels; None means `in_channels`. Twice that for a learned variance.
+        num_layers: Number of blocks.
+        num_attention_heads: Heads per block.
+        attention_head_dim: Channels per head; the width is heads times this.
+        mlp_ratio: Hidden width of the MLP over the width.
+        num_classes: Number of classes; the null class is `num_classes`.
+        class_dropout_prob: Probability with which training drops a label.
+        window_size: (Mt, Mh, Mw), one int for all three, a schedule, or "auto": per axis the cheapest windows that
+            divide the grid and satisfy the paper's condition for global exchange in two blocks, K >= 2G - 1 on centred
+            axes; on a causal axis K >= G, as frame 0 never reaches the last one there unless G = 1. -1 means the whole
+            axis. A schedule is a list of windows, repeated over the blocks, whose number its length must divide. "auto"
+            is resolved at construction and stored as numbers.
+        conv_kernel_size: (Kt, Kh, Kw) of the depthwise convolution, or one int for all three; odd in space, and in time
+            too unless `causal_conv`.
+        causal_conv: Whether the convolution is causal in time: zero frames in front and none behind. Otherwise it is
+            centred.
+        window_padding: What stands after the end of an axis that the window does not divide: "masked" cells, which
+            nothing attends to, or "attended" zeros, which are ordinary keys and values (the published code).
+        single_frame: What becomes of one latent frame where pt > 1: "refuse" it, or "repeat" it pt times and average
+            the pt predicted frames.
+        block_structure: "parallel" (S1), "independent" (S2) or "serial" (S3) of the paper's Figure 3.
+        gate: "zero" (adaLN-Zero) or "one_plus" (the published FlashDiT).
+        norm_type: "rms_norm" or "layer_norm".
+        activation_fn: "swiglu" or "gelu-approximate".
+        qkv_bias: Whether query, key and value projections have a bias.
+        qk_norm: Whether queries and keys are RMS-normalised per head.
+        pos_embed_type: "none" or "sincos".
+        timestep_scale: Factor on the timestep before its sinusoidal features.
+
+    Raises:
+        ValueError: If sizes, windows, patches or options cannot work together.
+    """
+
+    rank = 3
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: Size = (16, 32, 32),
+        patch_size: Size = (1, 2, 2),
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        window_size: Windows = "auto",
+        conv_kernel_size: Size = (2, 3, 3),
+        causal_conv: bool = True,
+        window_padding: WindowPadding = "masked",
+        single_frame: SingleFrame = "refuse",
+        block_structure: BlockStructure = "parallel",
+        gate: Gate = "zero",
+        norm_type: NormType = "rms_norm",
+        activation_fn: Activation = "swiglu",
+        qkv_bias: bool = True,
+        qk_norm: bool = True,
+        pos_embed_type: Literal["none", "sincos"] = "none",
+        timestep_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if single_frame not in get_args(SingleFrame):
+            raise ValueError(f"single_frame must be 'refuse' or 'repeat', got {single_frame!r}")
+        self._build(causal_conv, window_padding)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the training target (flow: noise - data; DDPM: noise) for noisy latents.
+
+        Args:
+            hidden_states: (B, C_in, t, h, w), any sizes that `patch_size` divides. One latent frame (t = 1) is allowed
+                where pt = 1, and otherwise with `single_frame` "repeat".
+            timestep: (B,), or one number for the batch; in [0, 1000], 1000 = pure noise, 0 = data.
+            class_labels: (B,) integers in [0, num_classes], `num_classes` being the null class.
+            attention_kwargs: {"scale": s} scales LoRA layers.
+            return_dict: Whether to return an output object or a tuple.
+
+        Returns:
+            `.sample` or a tuple of it, (B, C_out, t, h, w), contiguous.
+
+        Raises:
+            ValueError: If `hidden_states` has the wrong rank, channels or sizes.
+        """
+        frames, per_patch = hidden_states.shape[2:3], self.patch_size[0]
+        if frames != (1,) or per_patch == 1:
+            return super().forward(
+                hidden_states, timestep, class_labels, attention_kwargs=attention_kwargs, return_dict=return_dict
+            )
+        if self.config.single_frame == "refuse":
+            raise ValueError(
+                f"hidden_states has 1 latent frame, but patch_size {self.patch_size} needs a multiple of {per_patch}: "
+                "give more frames, or build the model with single_frame='repeat'"
+            )
+        repeated = hidden_states.repeat_interleave(per_patch, dim=2)
+        (sample,) = super().forward(
+            repeated, timestep, class_labels, attention_kwargs=attention_kwargs, return_dict=False
+        )
+        sample = sample.mean(dim=2, keepdim=True)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

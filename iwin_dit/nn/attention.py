@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
-from .windows import key_mask, merge, partition
+from .windows import WindowPadding, check_padding, key_mask, merge, partition
 
 # Backends that go through torch's scaled_dot_product_attention and honour a (B, 1, 1, L) boolean mask. Flash and sage
 # take none, variable-length kernels read it as a prefix length, xformers adds it as 0 and 1, and flex builds a block
@@ -49,12 +49,15 @@ class IwinAttnProcessor:
             ValueError: If the grid needs a key mask and the active backend cannot honour one.
         """
         batch, *grid, _ = hidden_states.shape
-        mask = key_mask(grid, attn.window_size, attn.interleaved, hidden_states.device)
+        mask = None
+        if attn.window_padding == "masked":
+            mask = key_mask(grid, attn.window_size, attn.interleaved, hidden_states.device)
         if mask is not None:
             self._check_backend_takes_mask(grid, attn.window_size)
             mask = mask.repeat(batch, 1)[:, None, None, :]  # (B * windows, 1, 1, L)
 
-        x = partition(hidden_states, attn.window_size, attn.interleaved)  # (B * windows, L, C)
+        layout = (attn.window_size, attn.interleaved, attn.window_padding)
+        x = partition(hidden_states, *layout)  # (B * windows, L, C)
         q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
         q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in (q, k, v))  # (B * windows, L, heads, C / heads)
         q, k = attn.norm_q(q).to(v.dtype), attn.norm_k(k).to(v.dtype)  # autocast normalises in float32
@@ -62,7 +65,7 @@ class IwinAttnProcessor:
             q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         x = attn.to_out(x.flatten(2))
-        return merge(x, grid, attn.window_size, attn.interleaved)
+        return merge(x, grid, *layout)
 
     def _check_backend_takes_mask(self, grid: Sequence[int], window: int | Sequence[int]) -> None:
         backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
@@ -82,6 +85,10 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
     for a fixed window its cost is linear in the number of tokens. A window as large as the grid is plain global
     attention. Any grid size works: where the window does not divide an axis, padded cells are masked.
 
+    `window_padding="attended"` is there for parity with the published video code: the window is not evened out, and the
+    zeros appended to the input attend and are attended to as ordinary tokens, so that on such grids the projections'
+    biases are keys and values and Lemma 1 does not hold. Where the window divides the grid the two are the same.
+
     Args:
         dim: Channels C.
         num_heads: Attention heads; must divide `dim`.
@@ -90,9 +97,10 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
         qkv_bias: Whether the query, key and value projections have a bias.
         qk_norm: RMS-normalise queries and keys per head, with a learned scale. Several public DiT trainings diverge
             without it in bfloat16.
+        window_padding: "masked" or "attended", what padded cells are.
 
     Raises:
-        ValueError: If `num_heads` does not divide `dim`, or a window length is invalid.
+        ValueError: If `num_heads` does not divide `dim`, a window length is invalid, or `window_padding` is unknown.
     """
 
     _default_processor_cls = IwinAttnProcessor
@@ -108,6 +116,7 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
         interleaved: bool = True,
         qkv_bias: bool = True,
         qk_norm: bool = True,
+        window_padding: WindowPadding = "masked",
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -115,9 +124,11 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
         windows = [window_size] if isinstance(window_size, int) else list(window_size)
         if any(m < 1 and m != -1 for m in windows):
             raise ValueError(f"window lengths must be positive, or -1 for the whole axis, got {window_size}")
+        check_padding(window_padding)
         self.heads = num_heads
         self.window_size = window_size if isinstance(window_size, int) else tuple(window_size)
         self.interleaved = interleaved
+        self.window_padding: WindowPadding = window_padding
         self.use_bias = qkv_bias
         self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_k = nn.Linear(dim, dim, bias=qkv_bias)
@@ -144,4 +155,5 @@ class IwinAttention(nn.Module, AttentionModuleMixin):
 
     def extra_repr(self) -> str:
         """Show the window in the module's printout."""
-        return f"heads={self.heads}, window_size={self.window_size}, interleaved={self.interleaved}"
+        padding = "" if self.window_padding == "masked" else f", window_padding={self.window_padding!r}"
+        return f"heads={self.heads}, window_size={self.window_size}, interleaved={self.interleaved}{padding}"

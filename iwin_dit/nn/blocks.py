@@ -12,6 +12,7 @@ from torch import nn
 
 from .attention import IwinAttention
 from .conv import DepthwiseConv
+from .windows import WindowPadding
 
 BlockStructure = Literal["parallel", "independent", "serial"]
 Gate = Literal["zero", "one_plus"]
@@ -154,11 +155,13 @@ class IwinDiTBlock(nn.Module):
         gate: "zero": a gate is the modulation's output, zero at initialisation, so that the block starts as the
             identity (adaLN-Zero, arXiv 2212.09748). "one_plus": 1 + that output (the published FlashDiT).
         mlp_ratio: Hidden width of the MLP over C.
-        conv_kernel_size: Kernel length for every axis or per axis; odd in space.
+        conv_kernel_size: Kernel length for every axis or per axis; odd on centred axes.
         norm_type: RMSNorm with a learned scale, or LayerNorm without.
         activation_fn: "swiglu" or "gelu-approximate".
         qkv_bias: Whether query, key and value projections have a bias.
         qk_norm: Whether queries and keys are RMS-normalised per head.
+        causal_conv: Whether the convolution of a 3-D grid is causal in time; attention inside a window never is.
+        window_padding: "masked" or "attended", see `IwinAttention`.
 
     Raises:
         ValueError: If an option is unknown, or the sizes cannot work together.
@@ -182,6 +185,8 @@ class IwinDiTBlock(nn.Module):
         activation_fn: Activation = "swiglu",
         qkv_bias: bool = True,
         qk_norm: bool = True,
+        causal_conv: bool = True,
+        window_padding: WindowPadding = "masked",
     ) -> None:
         super().__init__()
         if structure not in ("parallel", "independent", "serial"):
@@ -191,8 +196,10 @@ class IwinDiTBlock(nn.Module):
         self.structure = structure
         self.gate_offset = 1.0 if gate == "one_plus" else 0.0
         self.norm1 = make_norm(norm_type, dim)
-        self.attn = IwinAttention(dim, num_heads, window_size, qkv_bias=qkv_bias, qk_norm=qk_norm)
-        self.conv = DepthwiseConv(dim, conv_kernel_size, rank)
+        self.attn = IwinAttention(
+            dim, num_heads, window_size, qkv_bias=qkv_bias, qk_norm=qk_norm, window_padding=window_padding
+        )
+        self.conv = DepthwiseConv(dim, conv_kernel_size, rank, causal_conv)
         self.norm_conv = make_norm(norm_type, dim) if structure == "serial" else None
         self.norm2 = make_norm(norm_type, dim)
         self.mlp = make_mlp(activation_fn, dim, int(mlp_ratio * dim))

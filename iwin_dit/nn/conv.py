@@ -18,25 +18,31 @@ from .windows import MAX_RANK, per_axis
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding, stride 1 and bias, (B, *S, C) -> (B, *S, C).
 
-    In space the kernel is centred. In time (the first axis of a 3-D grid) it is causal: K - 1 zero frames stand in
-    front and none behind, so that a frame never sees a later one (the published Iwin 3D block; arXiv 2507.18405).
+    In space the kernel is centred. In time (the first axis of a 3-D grid) it is causal by default: K - 1 zero frames
+    stand in front and none behind, so that a frame never sees a later one (the published Iwin 3D block; arXiv
+    2507.18405).
 
     Args:
         dim: Channels C.
-        kernel_size: Kernel length per axis, or one int per axis of `rank`; odd on spatial axes.
+        kernel_size: Kernel length per axis, or one int per axis of `rank`; odd on centred axes.
         rank: Number of grid axes, 1 to 3.
+        causal: Whether a 3-D kernel is causal in time; otherwise it is centred there too. Grids without time have no
+            causal axis.
 
     Raises:
-        ValueError: If a spatial kernel length is even, or the kernel does not fit the rank.
+        ValueError: If a kernel length is even on a centred axis, or the kernel does not fit the rank.
     """
 
-    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 3, rank: int = 2) -> None:
+    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 3, rank: int = 2, causal: bool = True) -> None:
         super().__init__()
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"rank must be 1 to {MAX_RANK}, got {rank}")
         self.kernel_size = per_axis(kernel_size, rank, "kernel_size")
-        if any(k < 1 for k in self.kernel_size) or any(k % 2 == 0 for k in self.kernel_size[-2:]):
-            raise ValueError(f"kernel lengths must be positive, and odd in space, got {self.kernel_size}")
+        self.causal = causal
+        centred = self.kernel_size[-2:] if causal else self.kernel_size
+        if any(k < 1 for k in self.kernel_size) or any(k % 2 == 0 for k in centred):
+            where = "in space" if causal else "on every axis, as the convolution is centred in time too"
+            raise ValueError(f"kernel lengths must be positive, and odd {where}, got {self.kernel_size}")
         self.weight = nn.Parameter(torch.empty(dim, 1, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
@@ -73,16 +79,22 @@ class DepthwiseConv(nn.Module):
             return self._conv2d(x[:, None], weight[:, :, None], self.bias)[:, 0]
         if rank == 2:
             return self._conv2d(x, weight, self.bias)
-        return self._causal_conv3d(x, weight)
+        return self._conv3d(x, weight)
 
-    def _causal_conv3d(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    @property
+    def own_tap(self) -> int:
+        """Index of the temporal tap that reads the frame itself: the last one if causal, else the middle one."""
+        return self.kernel_size[0] - 1 if self.causal else self.kernel_size[0] // 2
+
+    def _conv3d(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         batch, frames = x.shape[:2]
-        *earlier, own = weight.unbind(2)  # temporal taps, (C, 1, K, K) each; the last one reads the frame itself
-        y = self._conv2d(x.flatten(0, 1), own, self.bias).unflatten(0, (batch, frames))
-        for delay, tap in enumerate(reversed(earlier), start=1):
-            if delay < frames:  # a tap that reaches further back reads only the zero frames in front
-                past = self._conv2d(x[:, :-delay].flatten(0, 1), tap, None).unflatten(0, (batch, frames - delay))
-                y[:, delay:] += past
+        taps = weight.unbind(2)  # (C, 1, K, K) each
+        y = self._conv2d(x.flatten(0, 1), taps[self.own_tap], self.bias).unflatten(0, (batch, frames))
+        for step, tap in enumerate(taps, start=-self.own_tap):  # frame t reads frame t + step through this tap
+            if step and abs(step) < frames:  # a tap that reaches further reads only the zero frames outside
+                first, end = max(0, -step), min(frames, frames - step)  # the frames t that have a frame t + step
+                read = x[:, first + step : end + step].flatten(0, 1)
+                y[:, first:end] += self._conv2d(read, tap, None).unflatten(0, (batch, end - first))
         return y
 
     @staticmethod
@@ -93,4 +105,5 @@ class DepthwiseConv(nn.Module):
 
     def extra_repr(self) -> str:
         """Show width and kernel in the module's printout."""
-        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
+        time = f", causal={self.causal}" if len(self.kernel_size) == MAX_RANK else ""
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}{time}"

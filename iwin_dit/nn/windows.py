@@ -12,11 +12,17 @@ contiguous, i = g * M + m, so (g, m); interleaved, i = m * G + g, so (m, g). g n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
 MAX_RANK = 3
+
+# What stands in the cells after the end of an axis that the window does not divide, and how many there are.
+# "masked": windows are evened out, the cells are no keys (ours: Lemma 1 holds for every grid). "attended": windows stay
+# as given, the cells are zeros that take part as ordinary tokens (the published video code; for parity with it).
+WindowPadding = Literal["masked", "attended"]
 
 
 def per_axis(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
@@ -40,30 +46,43 @@ def per_axis(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...
     return tuple(int(v) for v in value)
 
 
-def resolve_window(grid: Sequence[int], window: int | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def check_padding(padding: str) -> None:
+    """Refuse a window padding that does not exist, with ValueError."""
+    if padding not in get_args(WindowPadding):
+        raise ValueError(f"window padding must be 'masked' or 'attended', got {padding!r}")
+
+
+def resolve_window(
+    grid: Sequence[int], window: int | Sequence[int], padding: WindowPadding = "masked"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Find the windows that are actually used on a grid.
 
     Per axis: the window is clipped to N (-1 = the whole axis), G = ceil(N / M), and then M' = ceil(N / G) is used: the
     same G groups, hence in interleaved windows the same tokens attend to each other, with at most G - 1 padded cells.
+    With "attended" padding the clipped window stays, M' = M.
 
     Args:
         grid: Axis lengths N.
         window: Window length M for every axis or per axis; -1 means the whole axis.
+        padding: See `WindowPadding`.
 
     Returns:
         The window lengths M' and the group counts G, one per axis.
 
     Raises:
-        ValueError: If a window length is 0 or below -1, or the grid has an empty axis or more than three.
+        ValueError: If a window length is 0 or below -1, the grid has an empty axis or more than three, or `padding` is
+            unknown.
     """
+    check_padding(padding)
     if not 1 <= len(grid) <= MAX_RANK or any(n < 1 for n in grid):
         raise ValueError(f"grid must have 1 to {MAX_RANK} axes of at least 1 token, got {tuple(grid)}")
     lengths, groups = [], []
     for n, m in zip(grid, per_axis(window, len(grid), "window"), strict=True):
         if m < 1 and m != -1:
             raise ValueError(f"window lengths must be positive, or -1 for the whole axis, got {window}")
-        g = 1 if m == -1 else math.ceil(n / min(m, n))
-        lengths.append(math.ceil(n / g))
+        m = n if m == -1 else min(m, n)
+        g = math.ceil(n / m)
+        lengths.append(m if padding == "attended" else math.ceil(n / g))
         groups.append(g)
     return tuple(lengths), tuple(groups)
 
@@ -79,7 +98,9 @@ def _split_axes(lengths: tuple[int, ...], groups: tuple[int, ...], interleaved: 
     return shape, (second + first) if interleaved else (first + second)
 
 
-def partition(x: torch.Tensor, window: int | Sequence[int], interleaved: bool = True) -> torch.Tensor:
+def partition(
+    x: torch.Tensor, window: int | Sequence[int], interleaved: bool = True, padding: WindowPadding = "masked"
+) -> torch.Tensor:
     """Gather the tokens of every window: one reshape, one permute.
 
     2-D, interleaved, (B, 4, 4, C) with window 2: (B, 2, 2, 2, 2, C) = (B, M1, G1, M2, G2, C), permuted to
@@ -92,18 +113,19 @@ def partition(x: torch.Tensor, window: int | Sequence[int], interleaved: bool = 
         window: Window length for every axis or per axis; -1 means the whole axis, longer than the axis is clipped.
         interleaved: Whether a window takes every G-th token of an axis (the paper's RTR followed by a partition, arXiv
             2507.18405) or M neighbours.
+        padding: See `WindowPadding`; it decides how many zeros are appended.
 
     Returns:
         (B * windows, L, C), batch-major: the windows of the first sample come first.
 
     Raises:
-        ValueError: If x has not one to three grid axes, or `window` does not fit its rank.
+        ValueError: If x has not one to three grid axes, `window` does not fit its rank, or `padding` is unknown.
     """
     batch, *grid, channels = x.shape
-    lengths, groups = resolve_window(grid, window)
-    padding = [m * g - n for m, g, n in zip(lengths, groups, grid, strict=True)]
-    if any(padding):
-        x = F.pad(x, [0, 0, *(p for end in reversed(padding) for p in (0, end))])
+    lengths, groups = resolve_window(grid, window, padding)
+    appended = [m * g - n for m, g, n in zip(lengths, groups, grid, strict=True)]
+    if any(appended):
+        x = F.pad(x, [0, 0, *(p for end in reversed(appended) for p in (0, end))])
     shape, order = _split_axes(lengths, groups, interleaved)
     x = x.reshape(batch, *shape, channels)
     x = x.permute(0, *(i + 1 for i in order), len(order) + 1)  # (B, *G, *M, C)
@@ -111,7 +133,11 @@ def partition(x: torch.Tensor, window: int | Sequence[int], interleaved: bool = 
 
 
 def merge(
-    windows: torch.Tensor, grid: Sequence[int], window: int | Sequence[int], interleaved: bool = True
+    windows: torch.Tensor,
+    grid: Sequence[int],
+    window: int | Sequence[int],
+    interleaved: bool = True,
+    padding: WindowPadding = "masked",
 ) -> torch.Tensor:
     """Put the tokens of every window back in their places: the inverse of `partition`, bit for bit.
 
@@ -123,14 +149,16 @@ def merge(
         grid: Axis lengths of the result.
         window: As given to `partition`.
         interleaved: As given to `partition`.
+        padding: As given to `partition`.
 
     Returns:
         (B, *S, C).
 
     Raises:
-        ValueError: If the grid and window do not lead to the number and length of the windows given.
+        ValueError: If the grid and window do not lead to the number and length of the windows given, or `padding` is
+            unknown.
     """
-    lengths, groups = resolve_window(grid, window)
+    lengths, groups = resolve_window(grid, window, padding)
     rows, tokens, channels = windows.shape
     if rows % math.prod(groups) or tokens != math.prod(lengths):
         raise ValueError(
@@ -151,7 +179,7 @@ def key_mask(
     interleaved: bool = True,
     device: torch.device | str | None = None,
 ) -> torch.Tensor | None:
-    """Tell the tokens of every window from the cells that `partition` padded.
+    """Tell the tokens of every window from the cells that `partition` padded, for "masked" padding.
 
     Args:
         grid: Axis lengths of the grid.
@@ -206,6 +234,7 @@ def global_exchange(
     window: int | Sequence[int],
     kernel: int | Sequence[int],
     causal_axes: Sequence[int] = (),
+    padding: WindowPadding = "masked",
 ) -> GlobalExchange:
     """Report the paper's global-exchange condition (Theorem 3, arXiv 2507.18405) for interleaved windows.
 
@@ -216,6 +245,7 @@ def global_exchange(
         window: As given to `partition`.
         kernel: Kernel length K for every axis or per axis; odd on centred axes.
         causal_axes: Axes on which the convolution sees only the past.
+        padding: As given to `partition`. The links are the same, as the groups are; the reported window is not.
 
     Returns:
         The condition and the exact fraction of linked pairs.
@@ -223,7 +253,7 @@ def global_exchange(
     Raises:
         ValueError: If the kernel is even on a centred axis, or an argument does not fit the rank of the grid.
     """
-    lengths, groups = resolve_window(grid, window)
+    lengths, groups = resolve_window(grid, window, padding)
     kernels = per_axis(kernel, len(grid), "kernel")
     # A pair is linked if every axis links it, for one order of the steps at a time; the union of both orders is
     # counted by inclusion and exclusion, each term a product over axes.
@@ -269,9 +299,14 @@ def plan_window(grid: Sequence[int], kernel: int | Sequence[int], causal_axes: S
 
     Returns:
         Window length per axis.
+
+    Raises:
+        ValueError: If a kernel length is not positive.
     """
     plan = []
     for axis, (n, k) in enumerate(zip(grid, per_axis(kernel, len(grid), "kernel"), strict=True)):
+        if k < 1:
+            raise ValueError(f"kernel lengths must be positive, got {kernel}")
         most_groups = k if axis in causal_axes else (k + 1) // 2
         plan.append(n // max(g for g in range(1, min(n, most_groups) + 1) if n % g == 0))
     return tuple(plan)
