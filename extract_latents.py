@@ -1,4 +1,4 @@
-"""Encode images to latents with the VAE that a configuration names, on any number of processes and machines.
+"""Encode images or clips to latents with the VAE that a configuration names, on any number of processes and machines.
 
 accelerate launch extract_latents.py --config configs/imagenet256_xl.yaml   # the same command again continues
 
@@ -86,16 +86,23 @@ def summary(folder: Path, codec: LatentCodec, num_ignored: int) -> str:
     size = sum((folder / file).stat().st_size for file in manifest.files())
     mean = (torch.tensor(manifest.latents_mean) - codec.mean) / codec.std
     std = torch.tensor(manifest.latents_std) / codec.std
+    clips = manifest.clips
     lines = [
-        f"images       {manifest.count:,} in {len(manifest.class_names)} classes of {min(manifest.class_counts):,} to "
-        f"{max(manifest.class_counts):,}; {len(manifest.broken)} broken ones skipped, "
-        f"{num_ignored} other files left out",
+        f"{'images' if clips is None else 'clips':13}{manifest.count:,} in {len(manifest.class_names)} classes of "
+        f"{min(manifest.class_counts):,} to {max(manifest.class_counts):,}; {len(manifest.broken)} broken ones "
+        f"skipped, {num_ignored} other files left out",
         f"latents      {' x '.join(map(str, manifest.latent_shape))} {manifest.dtype}, posterior {manifest.posterior}, "
         f"{'with' if manifest.flips else 'without'} mirror images",
         f"on disk      {size / 1e9:.3f} GB in {len(manifest.shards)} shard(s) in {folder}",
         f"model latents, mean per channel  {_numbers(mean)}",
         f"               std per channel   {_numbers(std)}",
     ]
+    if clips is not None:
+        lines.insert(
+            1,
+            f"frames       {clips['frames']} of {manifest.resolution} x {manifest.resolution} pixels in each clip, "
+            f"{clips['frame_rate'] / clips['frame_stride']:g} per second",
+        )
     if not ((std > NEAR_ONE[0]) & (std < NEAR_ONE[1])).all():
         lines.append(
             "WARNING: diffusion expects standard deviations near 1. Train with --data.latent_statistics data, which "

@@ -1,4 +1,4 @@
-"""A small image source and latents made of it, for the tests of the writer and of the reader."""
+"""Small sources of images and clips, and latents made of them, for the tests of the writer and of the reader."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,13 +10,16 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from iwin_dit.data.clips import ClipSettings
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.encode import EncodeSettings
 from iwin_dit.data.extract import Extraction
 from iwin_dit.data.images import BrokenImageError
-from iwin_dit.data.sources import Sample
+from iwin_dit.data.sources import ImageSource, Sample
+from iwin_dit.data.videos import BrokenVideoError
 
 MEAN, STD = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+CLIPS = ClipSettings(frames=3, frame_rate=8)
 
 
 class Squares:
@@ -37,16 +40,30 @@ class Squares:
     def samples(self, part: int) -> Iterator[Sample]:
         for index in range(part * self.part_size, (part + 1) * self.part_size):
             self.asked.append(index)
-            yield Sample(f"square {index}", index % 2, partial(self.read, index))
+            yield Sample(f"square {index}", self.label(index), partial(self.read, index))
 
-    def read(self, index: int) -> Image.Image:
+    def label(self, index: int) -> int:
+        return index % 2
+
+    def read(self, index: int) -> Image.Image | list[Image.Image]:
         if index in self.broken:
             raise BrokenImageError(f"square {index}: torn")
         return Image.fromarray(self.images[index])
 
     def pixels(self, indices: Any = slice(None)) -> torch.Tensor:
-        """The images as the VAE sees them."""
-        return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2) / 127.5 - 1
+        """The images, or clips, as the VAE sees them."""
+        return torch.from_numpy(self.images[indices]).movedim(-1, 1) / 127.5 - 1
+
+
+class SquareClips(Squares):
+    """Forty random clips of three such images: what `CLIPS` says."""
+
+    images = np.random.default_rng(1).integers(256, size=(40, CLIPS.frames, 8, 8, 3), dtype=np.uint8)
+
+    def read(self, index: int) -> list[Image.Image]:
+        if index in self.broken:
+            raise BrokenVideoError(f"square {index}: torn")
+        return [Image.fromarray(frame) for frame in self.images[index]]
 
 
 def small_codec() -> LatentCodec:
@@ -64,11 +81,12 @@ def small_codec() -> LatentCodec:
     return LatentCodec(vae.eval())
 
 
-def extraction(codec: LatentCodec, out: Path, source: Squares | None = None, **changes: Any) -> Extraction:
-    """An extraction in eight shards of five images, two batches each."""
+def extraction(codec: LatentCodec, out: Path, source: ImageSource | None = None, **changes: Any) -> Extraction:
+    """An extraction in eight shards of five squares, two batches each."""
     names = ("max_broken", "vae_id")
     arguments = {"vae_id": "tiny", **{name: changes.pop(name) for name in names if name in changes}}
-    settings = EncodeSettings(**{"resolution": 8, "shard_size": 5, "batch_size": 3, **changes})
+    clips = CLIPS if isinstance(source, SquareClips) else None
+    settings = EncodeSettings(**{"resolution": 8, "shard_size": 5, "batch_size": 3, "clips": clips, **changes})
     return Extraction(source or Squares(), codec, out, settings, **arguments)
 
 

@@ -24,7 +24,16 @@ from iwin_dit.data.latents import LatentStore
 from iwin_dit.data.manifest import DTYPES, Manifest
 from iwin_dit.data.prepare import make_digits_vae
 from iwin_dit.data.sources import ImageFolder
-from tests.latent_folders import Killed, Squares, contents, extraction, failing_after, small_codec
+from tests.latent_folders import (
+    CLIPS,
+    Killed,
+    SquareClips,
+    Squares,
+    contents,
+    extraction,
+    failing_after,
+    small_codec,
+)
 
 ROOT = Path(__file__).parents[1]
 CODEC = small_codec()
@@ -32,22 +41,35 @@ PIXELS = Squares().pixels()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An extraction that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole") / "latents"
-    extraction(CODEC, folder, flips=True).run()
-    return folder
+def whole_of(tmp_path_factory) -> dict[type[Squares], Path]:
+    """Extractions that nothing happened to, of images and of clips."""
+    folders = {source: tmp_path_factory.mktemp("whole") / "latents" for source in (Squares, SquareClips)}
+    for source, folder in folders.items():
+        extraction(CODEC, folder, source(), flips=True).run()
+    return folders
+
+
+@pytest.fixture(scope="module")
+def whole(whole_of) -> Path:
+    """The one of images."""
+    return whole_of[Squares]
 
 
 # --- what is written
 
 
 @pytest.mark.parametrize(
-    ("posterior", "flips", "dtype"),
-    [("mean_std", True, "float16"), ("mean", True, "float32"), ("mean_std", False, "bfloat16")],
+    ("posterior", "flips", "dtype", "source"),
+    [
+        ("mean_std", True, "float16", Squares),
+        ("mean", True, "float32", Squares),
+        ("mean_std", False, "bfloat16", Squares),
+        ("mean_std", True, "float16", SquareClips),
+        ("mean", False, "float32", SquareClips),
+    ],
 )
-def test_round_trip(posterior, flips, dtype, tmp_path):
-    extraction(CODEC, tmp_path, posterior=posterior, flips=flips, dtype=dtype).run()
+def test_round_trip(posterior, flips, dtype, source, tmp_path):
+    extraction(CODEC, tmp_path, source(), posterior=posterior, flips=flips, dtype=dtype).run()
     manifest = Manifest.load(tmp_path)
     assert set(manifest.files()) == set(contents(tmp_path))
     assert [shard.file for shard in manifest.shards][:3] == [
@@ -60,13 +82,15 @@ def test_round_trip(posterior, flips, dtype, tmp_path):
 
     tolerance = {"atol": 1e-5, "rtol": 2 * torch.finfo(DTYPES[dtype][0]).eps}
     order = np.random.default_rng(0).integers(len(train), size=50)  # across shards, out of order, repeated
-    mean, std = CODEC.encode_posterior(PIXELS[train.images[order]])
+    pixels = source().pixels(train.images[order])
+    mean, std = CODEC.encode_posterior(pixels)
     latents, labels = train.get(order)
     torch.testing.assert_close(latents, mean, **tolerance)
     assert labels.tolist() == (train.images[order] % 2).tolist() == train.labels[order].tolist()
     if flips:
         mirrored = torch.arange(50) % 3 == 0
-        expected = torch.where(mirrored[:, None, None, None], CODEC.encode(PIXELS[train.images[order]].flip(-1)), mean)
+        choice = mirrored.view(-1, *[1] * (mean.ndim - 1))
+        expected = torch.where(choice, CODEC.encode(pixels.flip(-1)), mean)
         torch.testing.assert_close(train.get(order, flips=mirrored)[0], expected, **tolerance)
         assert not torch.allclose(expected, mean)
     if posterior == "mean_std":
@@ -75,17 +99,23 @@ def test_round_trip(posterior, flips, dtype, tmp_path):
         torch.testing.assert_close(train.get(order, noise=noise)[0], mean + std * noise, **tolerance)
 
 
-def test_manifest_says_what_is_stored(whole):
-    manifest = Manifest.load(whole)
+@pytest.mark.parametrize("source", [Squares, SquareClips])
+def test_manifest_says_what_is_stored(whole_of, source):
+    manifest = Manifest.load(whole_of[source])
     assert manifest.class_counts == (20, 20)
-    assert manifest.latent_shape == (4, 4, 4)
+    if source is Squares:
+        assert (manifest.latent_shape, manifest.clips) == ((4, 4, 4), None)
+    else:
+        settings = {"frames": 3, "frame_rate": 8.0, "frame_stride": 1, "clips_per_video": 1}
+        assert (manifest.latent_shape, manifest.clips) == ((4, 3, 4, 4), settings)
     assert manifest.vae_sha256 == CODEC.stored_fingerprint()
     assert manifest.vae_config_sha256 == CODEC.config_fingerprint()
     assert (manifest.source_fingerprint, manifest.shard_size) == ("forty", 5)
-    both = torch.cat([PIXELS, PIXELS.flip(-1)])
-    mean, std = CODEC.encode_posterior(both)
-    variance = mean.double().var(dim=(0, 2, 3), correction=0) + std.double().square().mean(dim=(0, 2, 3))
-    assert manifest.latents_mean == pytest.approx(mean.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    pixels = source().pixels()
+    mean, std = CODEC.encode_posterior(torch.cat([pixels, pixels.flip(-1)]))
+    others = (0, *range(2, mean.ndim))
+    variance = mean.double().var(dim=others, correction=0) + std.double().square().mean(dim=others)
+    assert manifest.latents_mean == pytest.approx(mean.mean(dim=others).tolist(), abs=1e-4)
     assert manifest.latents_std == pytest.approx(variance.sqrt().tolist(), rel=1e-3)
 
 
@@ -93,12 +123,13 @@ def test_others_may_read_what_the_umask_lets_them(whole):
     assert len({path.stat().st_mode for path in whole.iterdir()}) == 1  # safetensors alone would make files of mode 600
 
 
-def test_a_sample_depends_on_its_place_alone(tmp_path):
+@pytest.mark.parametrize("source", [Squares, SquareClips])
+def test_a_sample_depends_on_its_place_alone(source, tmp_path):
     """Not on the batch; and its noise is standard normal."""
-    mean, std = CODEC.encode_posterior(PIXELS)
+    mean, std = CODEC.encode_posterior(source().pixels())
     latents = []
     for name, changes in {"a": {}, "b": {"batch_size": 4}}.items():
-        extraction(CODEC, tmp_path / name, posterior="sample", dtype="float32", **changes).run()
+        extraction(CODEC, tmp_path / name, source(), posterior="sample", dtype="float32", **changes).run()
         train, held_out = LatentStore(tmp_path / name).split(8, seed=0)
         latents.append(torch.cat([train.get(range(32))[0], held_out.get(range(8))[0]]))
     order = np.concatenate([train.images, held_out.images])
@@ -148,8 +179,17 @@ def test_what_the_vae_cannot_do_is_refused(tmp_path):
     tiny = AutoencoderTiny(**blocks, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
     with pytest.raises(ValueError, match=r"AutoencoderTiny has no posterior .* set data.posterior: mean"):
         extraction(LatentCodec(tiny), tmp_path).run()
-    with pytest.raises(ValueError, match=r"data.resolution must be a multiple of 2, the VAE's stride, got 7"):
+    with pytest.raises(ValueError, match=r"data.resolution does not fit the VAE: expected height = k \* 2, .* got 7"):
         extraction(CODEC, tmp_path, resolution=7)
+    with pytest.raises(ValueError, match=r"data.frames and data.resolution do not fit the VAE: .* got 7"):
+        extraction(CODEC, tmp_path, SquareClips(), resolution=7)
+
+
+def test_samples_of_another_size_than_the_settings_say_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected pixels \(3, 8, 8\) of square 0, got \(8, 8\)"):
+        extraction(CODEC, tmp_path / "a", Squares(), clips=CLIPS).run()
+    with pytest.raises(ValueError, match=r"expected pixels \(8, 8\) of square 0, got \(3, 8, 8\)"):
+        extraction(CODEC, tmp_path / "b", SquareClips(), clips=None).run()
 
 
 def test_decoding_reads_ahead_but_not_far(tmp_path):
@@ -170,23 +210,25 @@ def test_decoding_reads_ahead_but_not_far(tmp_path):
 # --- killed, started again, and by several
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
-    """Killed at every fifth write, now before a file has its name and now after it."""
+@pytest.mark.parametrize("source", [Squares, SquareClips])
+def test_killed_anywhere_it_ends_with_the_same_bytes(whole_of, source, tmp_path, monkeypatch):
+    """Killed at every fifth write, now before a file has its name and now after it; of clips, at every thirteenth."""
+    whole = whole_of[source]
     fsync = os.fsync
     writes = 2 * (8 + 4 + 3)  # a file and its folder: eight shards, four records, plan, labels and manifest
-    for calls in range(0, writes, 5):
+    for calls in range(0, writes, 5 if source is Squares else 13):
         out = tmp_path / str(calls)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "fsync", failing_after(calls, fsync))
-            extraction(CODEC, out, flips=True).run()
+            extraction(CODEC, out, source(), flips=True).run()
         with pytest.raises(ValueError, match=r"has no manifest\.json"):
             LatentStore(out)
-        extraction(CODEC, out, flips=True).run()
+        extraction(CODEC, out, source(), flips=True).run()
         assert contents(out) == contents(whole)
     with monkeypatch.context() as patch, pytest.raises(Killed):  # everything is there, but for a moment
         patch.setattr(os, "fsync", failing_after(writes - 1, fsync))
-        extraction(CODEC, tmp_path / "last", flips=True).run()
-    extraction(CODEC, tmp_path / "last", flips=True).run()
+        extraction(CODEC, tmp_path / "last", source(), flips=True).run()
+    extraction(CODEC, tmp_path / "last", source(), flips=True).run()
     assert contents(tmp_path / "last") == contents(whole)
 
 
@@ -373,11 +415,15 @@ def test_script(one_core, digits_folder, tmp_path, caplog):
 
 def test_digits_vae_of_another_split_is_refused(digits_folder, tmp_path):
     shutil.copytree(digits_folder / "vae", tmp_path / "vae")
-    make_digits_vae(tmp_path / "vae", 10, 5)  # a VAE from elsewhere
+    make_digits_vae(tmp_path / "vae", "digits", 10, 5)  # a VAE from elsewhere
     (tmp_path / "vae" / "split.json").write_text('{"data.holdout": 300, "data.split_seed": 0}')
-    make_digits_vae(tmp_path / "vae", 300, 0)
-    with pytest.raises(ValueError, match=r"another split:\n  data.holdout: 300 there, 10 wanted\n  data.split_seed: 0"):
-        make_digits_vae(tmp_path / "vae", 10, 5)
+    make_digits_vae(tmp_path / "vae", "digits", 300, 0)
+    with pytest.raises(
+        ValueError, match=r"on something else:\n  data.holdout: 300 there, 10 wanted\n  data.split_seed"
+    ):
+        make_digits_vae(tmp_path / "vae", "digits", 10, 5)
+    with pytest.raises(ValueError, match=r"on something else:\n  data.source: digits there, moving_digits wanted\n"):
+        make_digits_vae(tmp_path / "vae", "moving_digits", 300, 0)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from iwin_dit.data.latents import LatentDataset, LatentStore, check_fits, positi
 from iwin_dit.data.manifest import Manifest, Shard
 from iwin_dit.training.batches import MicroBatches
 from iwin_dit.training.data import share_of_process
-from tests.latent_folders import contents, extraction, small_codec
+from tests.latent_folders import CLIPS, SquareClips, contents, extraction, small_codec
 
 CODEC = small_codec()
 
@@ -259,14 +259,19 @@ def test_bad_manifests(folder, tmp_path):
     path = folder / "manifest.json"
     good = json.loads(path.read_text())
     for bad, message in (
-        ({**good, "format_version": 2}, "expected format version 3, got 2: delete the folder and extract again"),
+        ({**good, "format_version": 3}, "expected format version 4, got 3: delete the folder and extract again"),
         ({**good, "colour": "red"}, "colour"),
         ({key: value for key, value in good.items() if key != "vae_id"}, "vae_id"),
         ({**good, "dtype": "int8"}, "impossible values of dtype"),
         ({**good, "resolution": "eight", "flips": "no"}, "unexpected types of resolution, flips$"),
         ({**good, "resolution": True, "vae_id": None}, "unexpected types of resolution, vae_id$"),
         ({**good, "class_counts": [20.0, 20]}, "unexpected types of class_counts"),
-        ({**good, "posterior": "all", "latent_shape": [4, 4]}, "unexpected types of latent_shape, posterior"),
+        ({**good, "posterior": "all", "latent_shape": [4, 4.0]}, "unexpected types of latent_shape, posterior"),
+        ({**good, "latent_shape": [4, 4]}, "impossible values of latent_shape"),
+        ({**good, "latent_shape": [4, 1, 4, 4]}, "impossible values of latent_shape"),
+        ({**good, "latent_shape": [], "clips": {}}, "is not a manifest of this version"),
+        ({**good, "clips": {"frames": 3}}, "impossible values of latent_shape"),
+        ({**good, "clips": {"frames": "three"}}, "unexpected types of clips"),
         ({**good, "source_settings": {"image_key": 1}}, "unexpected types of source_settings"),
         ({**good, "shards": [{**good["shards"][0], "count": 40.0}]}, "unexpected types of shards"),
         ({**good, "shards": [{**good["shards"][0], "file": "../x.safetensors", "count": 40}]}, "of file names"),
@@ -294,6 +299,8 @@ def test_check_fits_lists_each_difference(made):
     assert "VAE (sha256): model other" in str(error.value)
     assert "latent channels: model 16, latents 4" in str(error.value)
     assert "latent size: model (4, 8), latents (4, 4)" in str(error.value)
+    with pytest.raises(ValueError, match=r"latent size: model \(3, 4, 4\), latents \(4, 4\)"):
+        check_fits(manifest, **{**fitting, "sample_size": (3, 4, 4)})
     assert "classes: model 10, latents 2" in str(error.value)
 
 
@@ -310,6 +317,43 @@ def test_check_made_from_lists_each_difference(made):
     ]
     with pytest.raises(ValueError, match=r"\n  data.image_key: None there, jpg wanted\n"):
         check_made_from(made, there, {**same, "source_settings": {"image_key": "jpg"}})
+
+
+def test_how_clips_were_cut_is_compared_by_setting(made):
+    images = dataclasses.asdict(Manifest.load(made))
+    settings = {"frames": 3, "frame_rate": 8.0, "frame_stride": 1, "clips_per_video": 1}
+    clips = {**images, "clips": settings}
+    wanted = {"source": "squares", "source_settings": {}, "posterior": "mean", "flips": False}
+    check_made_from(made, clips, {**wanted, "clips": settings})
+    for there, here, lines in (
+        (clips, {**settings, "frames": 4, "frame_rate": 8.5}, ["frames: 3 there, 4", "frame_rate: 8.0 there, 8.5"]),
+        (images, settings, [f"{name}: None there, {value}" for name, value in settings.items()]),
+        (clips, None, [f"{name}: {value} there, None" for name, value in settings.items()]),
+    ):
+        with pytest.raises(ValueError, match="were made with other settings") as error:
+            check_made_from(made, there, {**wanted, "clips": here})
+        assert str(error.value).splitlines()[1:-1] == [f"  data.{line} wanted" for line in lines]
+
+
+class PairsOfClips(SquareClips):
+    """Two to a video."""
+
+    def label(self, index: int) -> int:
+        return index // 2 % 2
+
+
+def test_the_clips_of_a_video_are_on_one_side_of_a_split(tmp_path):
+    clips = dataclasses.replace(CLIPS, clips_per_video=2)
+    extraction(CODEC, tmp_path, PairsOfClips(), clips=clips, posterior="mean").run()
+    store = LatentStore(tmp_path)
+    train, held_out = store.split(8, seed=0)
+    assert (len(train), len(held_out)) == (32, 8)
+    assert not set(train.images // 2) & set(held_out.images // 2)
+    assert train.get([0, 5])[0].shape == (2, 4, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"samples and holdout in whole groups of 2 .*got 40 samples and a holdout of 7"
+    ):
+        store.split(7, seed=0)
 
 
 def test_latents_that_hold_more_serve_for_less(made):

@@ -20,6 +20,7 @@ from tests.conftest import DIGITS
 from tests.tools import tiny_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIGITS_SPLIT = ("digits", 300, 0)
 
 
 @pytest.fixture
@@ -106,7 +107,9 @@ def test_two_that_start_together_train_one_digits_vae(tmp_path: Path, monkeypatc
 
     started = threading.Event()
     monkeypatch.setattr(prepare, "train_digits_vae", train)
-    threads = [threading.Thread(target=make_digits_vae, args=(tmp_path / "new" / "vae", 300, 0)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=make_digits_vae, args=(tmp_path / "new" / "vae", *DIGITS_SPLIT)) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

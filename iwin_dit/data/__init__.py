@@ -1,1 +1,1 @@
-"""Image sources, the latent codec and stored latents: everything between a folder of images and a training batch."""
+"""Sources of images and clips, the latent codec and stored latents: everything between files and a training batch."""

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from .sources import Sample, choose_class_names, count_parts, split_indices
 
 logger = logging.getLogger(__name__)
 
-MIN_PSNR = 28.0  # dB, mean over held-out digits; below it samples are judged by the VAE's faults
+DIGIT_NAMES = tuple("0123456789")
+MIN_PSNR = 28.0  # dB, mean over held-out frames; below it samples are judged by the VAE's faults
 _BATCH_SIZE = 32
+_JUDGED = 2048  # frames at most that tell statistics and PSNR
 _LEARNING_RATE = 4e-3
 # Weight of the KL term (nats per latent element) against the squared error of pixels in [-1, 1]. It leaves posterior
 # noise of 0.1 to 0.4 of a channel's deviation, so the decoder forgives the errors of a diffusion model; from 1e-3 on, a
@@ -44,22 +47,14 @@ class Digits:
     """
 
     def __init__(self, part_size: int = 1797, class_names: tuple[str, ...] | None = None) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError('the digits need scikit-learn: pip install "iwin-dit[digits]"') from error
-        data = load_digits()
         self.description = "digits"
         self.fingerprint = "scikit-learn's digits, which never change"
         self.num_ignored = 0
         self.resolution = 32
-        self.class_names = choose_class_names(
-            class_names, tuple(str(name) for name in data.target_names), self.description
-        )
-        self.labels: list[int] = data.target.tolist()
+        self.class_names = choose_class_names(class_names, DIGIT_NAMES, self.description)
+        self._grey, self.labels = load_digits(self.resolution)  # (1797, 32, 32) uint8
         self._part_size = part_size
         self.num_parts = count_parts(len(self.labels), part_size)
-        self._grey = torch.stack([_enlarge(values, self.resolution) for values in data.images])  # (1797, 32, 32) uint8
 
     def __len__(self) -> int:
         return len(self._grey)
@@ -78,6 +73,26 @@ def _read(grey: torch.Tensor) -> Image.Image:
     return Image.fromarray(grey.numpy()).convert("RGB")
 
 
+def load_digits(side: int) -> tuple[torch.Tensor, list[int]]:
+    """Load scikit-learn's digits, enlarged.
+
+    Args:
+        side: Of the images, in pixels.
+
+    Returns:
+        Images (1797, side, side), grey, uint8, as `Digits` says, and their classes, 0 to 9.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError('the digits need scikit-learn: pip install "iwin-dit[digits]"') from error
+    data = datasets.load_digits()
+    return torch.stack([_enlarge(values, side) for values in data.images]), data.target.tolist()
+
+
 def _enlarge(values: np.ndarray, side: int) -> torch.Tensor:
     """One digit (8, 8) with values 0 to 16 as a uint8 image (side, side)."""
     grey = Image.fromarray((255 * values / 16).astype(np.float32))
@@ -85,15 +100,26 @@ def _enlarge(values: np.ndarray, side: int) -> torch.Tensor:
     return torch.from_numpy(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int = 250) -> AutoencoderKL:
-    """Train the small VAE of the digits on the CPU: 32x32 pixels to 4 x 8 x 8 latents, about 20 s on two cores.
+class FrameSet(Protocol):
+    """Labelled samples of 32x32 frames: sample i is uint8 (3, 32, 32), or a clip (T, 3, 32, 32)."""
 
-    Its loss is squared error plus a small KL term. It sees the training images of `split_indices` alone. The statistics
-    of their latents go into its config (`latents_mean`, `latents_std`), where `LatentCodec` finds them.
+    @property
+    def labels(self) -> list[int]:
+        """Class of every sample."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One sample."""
+
+
+def train_digits_vae(digits: FrameSet, holdout: float | int, seed: int, steps: int = 250) -> AutoencoderKL:
+    """Train the small VAE of the digits on the CPU, 32x32 pixels to 4 x 8 x 8 latents: 250 steps in 20 s on two cores.
+
+    Its loss is squared error plus a small KL term. It sees the training samples of `split_indices` alone. Statistics of
+    their latents go into its config (`latents_mean`, `latents_std`), where `LatentCodec` finds them.
 
     Args:
-        digits: The data set.
-        holdout: Held-out images, as for `split_indices`; those of the latents must be the same.
+        digits: The data set; of clips, every frame counts as an image.
+        holdout: Held-out samples, as for `split_indices`; those of the latents must be the same.
         seed: Key of the split, the initialisation, the batches and the noise; the global generator is left alone.
         steps: Optimizer steps.
 
@@ -101,36 +127,43 @@ def train_digits_vae(digits: Digits, holdout: float | int, seed: int, steps: int
         The VAE, float32, in evaluation mode.
 
     Raises:
-        ValueError: Held-out images (all of them, where none are held out) come back with less than 28 dB.
+        ValueError: Held-out frames (those of training, where none are held out) come back with less than 28 dB.
     """
     train_indices, val_indices = split_indices(digits.labels, holdout, seed)
     if not len(val_indices):
         val_indices = train_indices  # nothing was held out to judge it by
-    train, val = (_to_pixels(digits, indices) for indices in (train_indices, val_indices))
+    train, val = (_frames(digits, indices) for indices in (train_indices, val_indices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = _build_vae()
         _fit(vae, train, steps)
     vae.eval().requires_grad_(False)
-    means = torch.cat([vae.encode(batch).latent_dist.mode() for batch in train.split(256)])  # (N, 4, 8, 8)
+    means = torch.cat([vae.encode(batch).latent_dist.mode() for batch in _pixel_batches(train)])  # (N, 4, 8, 8)
     std, mean = torch.std_mean(means, dim=(0, 2, 3))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     psnr = _reconstruction_psnr(vae, val)
     if psnr < MIN_PSNR:
-        raise ValueError(f"the digits VAE reconstructs held-out images at {psnr:.1f} dB, expected {MIN_PSNR} or more")
+        raise ValueError(f"the digits VAE reconstructs held-out frames at {psnr:.1f} dB, expected {MIN_PSNR} or more")
     logger.info(
-        "digits VAE: %.1f dB PSNR on %d held-out images (%d steps, %d threads)",
-        psnr,
-        len(val),
-        steps,
-        torch.get_num_threads(),
+        "digits VAE: %.1f dB PSNR on held-out frames (%d steps, %d threads)", psnr, steps, torch.get_num_threads()
     )
     return vae
 
 
-def _to_pixels(digits: Digits, indices: np.ndarray) -> torch.Tensor:
-    """The images of `indices` as pixels (N, 3, 32, 32) in [-1, 1]."""
-    return torch.stack([digits[i] for i in indices.tolist()]) / 127.5 - 1
+def _frames(digits: FrameSet, indices: np.ndarray) -> torch.Tensor:
+    """The frames (N, 3, 32, 32) uint8 of the samples of `indices`."""
+    return torch.cat([digits[i].reshape(-1, 3, 32, 32) for i in indices.tolist()])
+
+
+def _to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """Uint8 as what a VAE takes, float32 in [-1, 1]."""
+    return frames / 127.5 - 1
+
+
+def _pixel_batches(frames: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Pixels of frames (N, 3, 32, 32) uint8 in batches; of too many, evenly spaced ones."""
+    for batch in frames[:: -(-len(frames) // _JUDGED)].split(256):
+        yield _to_pixels(batch)
 
 
 def _build_vae() -> AutoencoderKL:
@@ -149,12 +182,12 @@ def _build_vae() -> AutoencoderKL:
     )
 
 
-def _fit(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
-    """Train in place on `images` (N, 3, 32, 32) in [-1, 1], drawing from the global generator."""
+def _fit(vae: AutoencoderKL, frames: torch.Tensor, steps: int) -> None:
+    """Train in place on `frames` (N, 3, 32, 32) uint8, drawing from the global generator."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), desc="digits VAE", unit="step")):
-        batch = images[torch.randint(len(images), (_BATCH_SIZE,))]
+        batch = _to_pixels(frames[torch.randint(len(frames), (_BATCH_SIZE,))])
         posterior = vae.encode(batch).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
         kl = posterior.kl().sum() / posterior.mean.numel()
@@ -166,10 +199,10 @@ def _fit(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> None:
         bar.set_postfix(mse=f"{error.item():.4f}", refresh=False)
 
 
-def _reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """Mean over `images` (N, 3, 32, 32) of the PSNR in dB, peak to peak 2, decoded from the posterior mean."""
-    errors = []  # per image
-    for batch in images.split(256):
+def _reconstruction_psnr(vae: AutoencoderKL, frames: torch.Tensor) -> float:
+    """Mean over frames (N, 3, 32, 32) uint8 of the PSNR in dB, peak to peak 2, decoded from the posterior mean."""
+    errors = []  # per frame
+    for batch in _pixel_batches(frames):
         decoded = vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append((decoded - batch).square().mean(dim=(1, 2, 3)))
     return (10 * (math.log10(4) - torch.cat(errors).log10())).mean().item()

@@ -1,8 +1,9 @@
-"""From one part of an image source to what is stored of it: decoding in threads, both views, posterior, dtype.
+"""From one part of a source to what is stored of it: decoding in threads, both views, posterior, dtype.
 
 What comes out depends on source, VAE and settings, and in the last bits on the device and on torch's threads; not on
-the process, on what it encoded before, or on how many threads decode. Knows nothing of files. Letters: B batch, C
-latent channels, h w latent cells, R image side, V views and P parts of a posterior as in `manifest`.
+the process, on what it encoded before, or on how many threads decode. Knows nothing of files. A sample is an image or a
+clip. Letters: B batch, T frames of a clip, R image side, C latent channels, s latent cells (h, w) or (t, h, w), V views
+and P parts of a posterior as in `manifest`.
 """
 
 import dataclasses
@@ -15,9 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
+from .clips import ClipSettings
 from .codec import LatentCodec
-from .images import BrokenImageError, centre_crop
+from .images import BrokenSampleError, centre_crop
 from .manifest import DTYPES, Posterior, stored_shape
 from .sources import ImageSource, Sample
 
@@ -31,13 +34,16 @@ class EncodeSettings:
     """What besides source and VAE decides the bytes of a folder of latents.
 
     Attributes:
-        resolution: Side R of the images that are encoded, in pixels.
+        resolution: Side R of what is encoded, in pixels: every image or frame is resized and cropped by `centre_crop`.
         posterior: What is stored of the VAE's posterior: its mean, one sample, or mean and standard deviation.
         flips: Encode the mirror images too. (A mirrored latent is not the latent of the mirrored image.)
         dtype: Of the latents on disk, a key of `DTYPES`.
-        shard_size: Images per file, at most. Memory holds about three times that (2.7 times where it was measured):
+        shard_size: Samples per file, at most. Memory holds about three times that (2.7 times where it was measured):
             the batches, the file's tensor and what is being written.
-        batch_size: Images per VAE call.
+        batch_size: Samples per call of the codec. Memory holds the pixels of four batches in bytes, as two are decoded
+            ahead, and of one in float32, with flips of two. Of 64 clips of 16 frames of 256 pixels, four batches are
+            0.8 GB in bytes, and each one in float32 is as much again.
+        clips: How the clips of a source of clips were cut; None for images.
     """
 
     resolution: int
@@ -46,12 +52,24 @@ class EncodeSettings:
     dtype: str = "float16"
     shard_size: int = 4096
     batch_size: int = 64
+    clips: ClipSettings | None = None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Pixels of a sample: (R, R), or of a clip (T, R, R)."""
+        frame = (self.resolution, self.resolution)
+        return frame if self.clips is None else (self.clips.frames, *frame)
+
+    @property
+    def noun(self) -> str:
+        """What a sample is called in messages: "image" or "clip"."""
+        return "image" if self.clips is None else "clip"
 
 
 class EncodedShard(NamedTuple):
     """What goes into one file, and what it adds to the statistics.
 
-    `latents` (count, V, P, C, h, w) in the stored dtype and `labels` (count,) int64, on the CPU; `sums` (2, C) float64:
+    `latents` (count, V, P, C, *s) in the stored dtype and `labels` (count,) int64, on the CPU; `sums` (2, C) float64:
     sums of the stored latents and of their squares, as expected over the posterior's noise.
     """
 
@@ -60,8 +78,8 @@ class EncodedShard(NamedTuple):
     sums: np.ndarray
 
 
-class _Image(NamedTuple):
-    """A decoded image: its row in the part (broken ones counted), key, label and pixels (R, R, 3) uint8."""
+class _Decoded(NamedTuple):
+    """A decoded sample: its row in the part (broken ones counted), key, label and pixels ([T,] R, R, 3) uint8."""
 
     row: int
     key: str
@@ -70,30 +88,30 @@ class _Image(NamedTuple):
 
 
 class PartEncoder:
-    """Encodes parts of a source; `broken` collects the keys of the images that could not be read.
+    """Encodes parts of a source; `broken` collects the keys of the samples that could not be used.
 
     Args:
-        source: The images.
+        source: The images or clips.
         codec: Encodes them, on the device of its VAE.
         settings: What decides the result.
-        decode_threads: Threads that read and crop images while the VAE works.
-        max_broken: How many broken images are skipped, with a warning each, before giving up.
+        decode_threads: Threads that read and crop samples while the VAE works, each a clip's frames of full size.
+        max_broken: How many broken samples are skipped, with a warning each, before giving up.
 
     Raises:
-        ValueError: The VAE cannot encode images of that size.
+        ValueError: The VAE cannot encode samples of that size.
     """
 
     def __init__(
         self, source: ImageSource, codec: LatentCodec, settings: EncodeSettings, decode_threads: int, max_broken: int
     ) -> None:
-        side, rest = divmod(settings.resolution, codec.stride)
-        if rest:
-            raise ValueError(
-                f"data.resolution must be a multiple of {codec.stride}, the VAE's stride, got {settings.resolution}"
-            )
+        try:
+            sizes = codec.latent_size(settings.size)
+        except ValueError as error:
+            names = "data.resolution does" if settings.clips is None else "data.frames and data.resolution do"
+            raise ValueError(f"{names} not fit the VAE: {error}") from error
         self.source, self.codec, self.settings = source, codec, settings
         self.decode_threads, self.max_broken = decode_threads, max_broken
-        self.latent_shape = (codec.latent_channels, side, side)
+        self.latent_shape = (codec.latent_channels, *sizes)
         self.stored_shape = stored_shape(self.latent_shape, settings.posterior, settings.flips)
         self.broken: list[str] = []
 
@@ -102,25 +120,25 @@ class PartEncoder:
 
         Args:
             part: Which.
-            advance: Told the number of images of every batch.
+            advance: Told the number of samples of every batch.
 
         Yields:
             Its files, full but for the last.
 
         Raises:
-            ValueError: More than `max_broken` images are broken in all parts so far, or latents are not finite in the
-                VAE's or the stored dtype.
+            ValueError: More than `max_broken` samples are broken in all parts so far, one is of another size than the
+                settings say, or latents are not finite in the VAE's or the stored dtype.
         """
         with ThreadPoolExecutor(self.decode_threads) as pool:
-            images = self._decoded(self.source.samples(part), pool)
+            decoded = self._decoded(self.source.samples(part), pool)
             while True:
                 batches: list[torch.Tensor] = []
                 labels: list[int] = []
                 sums = np.zeros((2, self.codec.latent_channels))
-                of_this_shard = itertools.islice(images, self.settings.shard_size)
+                of_this_shard = itertools.islice(decoded, self.settings.shard_size)
                 while batch := list(itertools.islice(of_this_shard, self.settings.batch_size)):
                     batches.append(self._encode(batch, part))
-                    labels += [image.label for image in batch]
+                    labels += [sample.label for sample in batch]
                     sums += self._sums(batches[-1])
                     advance(len(batch))
                 if not labels:
@@ -128,15 +146,15 @@ class PartEncoder:
                 yield EncodedShard(_join(batches), torch.tensor(labels), sums)
 
     def check_broken(self, broken: Sequence[str]) -> None:
-        """Raise a ValueError that lists the keys of broken images, if they are more than `max_broken`."""
+        """Raise a ValueError that lists the keys of broken samples, if they are more than `max_broken`."""
         if len(broken) > self.max_broken:
             raise ValueError(
-                f"{len(broken)} broken images, data.max_broken_images is {self.max_broken}; mend or remove them, or "
-                "raise the limit:\n  " + "\n  ".join(broken)
+                f"{len(broken)} broken {self.settings.noun}s, data.max_broken_images is {self.max_broken}; mend or "
+                "remove them, or raise the limit:\n  " + "\n  ".join(broken)
             )
 
-    def _decoded(self, samples: Iterator[Sample], pool: ThreadPoolExecutor) -> Iterator[_Image]:
-        """Decode in threads, at most two batches ahead, and yield the readable images in the order of the samples."""
+    def _decoded(self, samples: Iterator[Sample], pool: ThreadPoolExecutor) -> Iterator[_Decoded]:
+        """Decode in threads, at most two batches ahead, and yield what can be used in the order of the samples."""
         pending: deque[tuple[int, Sample, Future[np.ndarray]]] = deque()
         numbered = enumerate(samples)
         while True:
@@ -146,47 +164,55 @@ class PartEncoder:
                 return
             row, sample, decoding = pending.popleft()
             try:
-                yield _Image(row, sample.key, sample.label, decoding.result())
-            except BrokenImageError as error:
+                yield _Decoded(row, sample.key, sample.label, decoding.result())
+            except BrokenSampleError as error:
                 self.broken.append(sample.key)
-                logger.warning("skipped a broken image (%d so far): %s", len(self.broken), error)
+                logger.warning("skipped a broken %s (%d so far): %s", self.settings.noun, len(self.broken), error)
                 self.check_broken(self.broken)
 
     def _pixels(self, sample: Sample) -> np.ndarray:
-        return np.asarray(centre_crop(sample.read(), self.settings.resolution))
+        """Pixels ([T,] R, R, 3) uint8 of a sample."""
+        read = sample.read()
+        frames = [read] if isinstance(read, Image.Image) else read
+        pixels = np.stack([np.asarray(centre_crop(frame, self.settings.resolution)) for frame in frames])
+        pixels = pixels[0] if isinstance(read, Image.Image) else pixels
+        if pixels.shape[:-1] != self.settings.size:
+            raise ValueError(f"expected pixels {self.settings.size} of {sample.key}, got {pixels.shape[:-1]}")
+        return pixels
 
-    def _encode(self, batch: Sequence[_Image], part: int) -> torch.Tensor:
-        """Encode a batch to what is stored of it: (B, V, P, C, h, w) in the stored dtype, on the CPU."""
-        images = torch.from_numpy(np.stack([image.pixels for image in batch])).to(self.codec.vae.device)
-        pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+    def _encode(self, batch: Sequence[_Decoded], part: int) -> torch.Tensor:
+        """Encode a batch to what is stored of it: (B, V, P, C, *s) in the stored dtype, on the CPU."""
+        samples = torch.from_numpy(np.stack([sample.pixels for sample in batch])).to(self.codec.vae.device)
+        pixels = (samples.movedim(-1, 1) / 127.5).sub_(1)  # (B, 3, [T,] R, R)
         views = [pixels, pixels.flip(-1)] if self.settings.flips else [pixels]
         if self.settings.posterior == "mean":
             parts = [self.codec.encode(view)[:, None] for view in views]
         else:
             parts = [torch.stack(self.codec.encode_posterior(view), dim=1) for view in views]
-        latents = torch.stack(parts, dim=1).cpu()  # (B, V, P, C, h, w)
+        latents = torch.stack(parts, dim=1).cpu()  # (B, V, P, C, *s)
         if self.settings.posterior == "sample":
-            noise = torch.stack([self._noise(part, image.row) for image in batch])[:, :, None]
+            noise = torch.stack([self._noise(part, sample.row) for sample in batch])[:, :, None]
             latents = latents[:, :, :1] + latents[:, :, 1:] * noise
         what = f"the VAE (in {self.codec.vae.dtype}) gives NaN or infinite latents"
-        _check_finite(latents, batch, f"{what}; use another VAE, or remove these images")
+        _check_finite(latents, batch, f"{what}; use another VAE, or remove these {self.settings.noun}s")
         stored = latents.to(DTYPES[self.settings.dtype][0])
         _check_finite(stored, batch, f"latents overflow {self.settings.dtype}; set data.latents_dtype: float32")
         return stored
 
     def _noise(self, part: int, row: int) -> torch.Tensor:
-        """Noise (V, C, h, w) of a posterior sample, keyed by the image's place, so by neither batch nor process."""
+        """Noise (V, C, *s) of a posterior sample, keyed by its place in the part, so by neither batch nor process."""
         generator = np.random.Generator(np.random.PCG64((_NOISE_KEY, part, row)))
         shape = (self.stored_shape[0], *self.latent_shape)
         return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
     def _sums(self, stored: torch.Tensor) -> np.ndarray:
         """The sums of `EncodedShard`; in numpy, whose sums do not depend on the number of threads."""
-        mean = stored[:, :, 0].flatten(0, 1).double().numpy()  # (B * V, C, h, w)
+        mean = stored[:, :, 0].flatten(0, 1).double().numpy()  # (B * V, C, *s)
+        others = (0, *range(2, mean.ndim))  # axes but for the channels
         squares = np.square(mean)
         if self.settings.posterior == "mean_std":
             squares += np.square(stored[:, :, 1].flatten(0, 1).double().numpy())
-        return np.stack([mean.sum(axis=(0, 2, 3)), squares.sum(axis=(0, 2, 3))])
+        return np.stack([mean.sum(axis=others), squares.sum(axis=others)])
 
 
 def _join(batches: list[torch.Tensor]) -> torch.Tensor:
@@ -200,9 +226,9 @@ def _join(batches: list[torch.Tensor]) -> torch.Tensor:
     return joined
 
 
-def _check_finite(latents: torch.Tensor, batch: Sequence[_Image], message: str) -> None:
-    """Raise a ValueError that names the images of a batch (B, ...) whose latents are NaN or infinite."""
+def _check_finite(latents: torch.Tensor, batch: Sequence[_Decoded], message: str) -> None:
+    """Raise a ValueError that names the samples of a batch (B, ...) whose latents are NaN or infinite."""
     finite = latents.isfinite().flatten(1).all(dim=1).tolist()
-    keys = [image.key for image, is_finite in zip(batch, finite, strict=True) if not is_finite]
+    keys = [sample.key for sample, is_finite in zip(batch, finite, strict=True) if not is_finite]
     if keys:
         raise ValueError(f"{message}:\n  " + "\n  ".join(keys))

@@ -3,7 +3,7 @@
 Each part of the source is encoded whole by one process: its shards, then a small record, each appearing whole or not at
 all. An extraction that is started again goes on with the parts that have no record; on the same kind of device and
 number of CPU threads, the bytes do not tell. Knows nothing of how processes are launched (it is given rank, world and a
-barrier) or images encoded (`encode`). Letters: C latent channels, N images.
+barrier) or samples encoded (`encode`). Letters: C latent channels, N samples.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,18 +58,18 @@ class Extraction:
     """The making of one folder of latents.
 
     Args:
-        source: The images, the same ones at every start.
+        source: The images or clips, the same ones at every start.
         codec: Encodes them, on the device of its VAE.
         out: The folder to make, on a file system that all processes see; new, empty, or of an earlier start.
         settings: What decides the bytes besides source and VAE.
         vae_id: Where the VAE can be found again (a folder or a Hub id); recorded.
         source_settings: What of the source is read; recorded.
-        decode_threads: Threads that read and crop images while the VAE works.
-        max_broken: How many unreadable images are skipped (named in the log and the manifest) before giving up: by each
-            process while it runs, and by all of them at the end.
+        decode_threads: Threads that read and crop samples while the VAE works.
+        max_broken: How many unreadable samples are skipped (named in the log and the manifest) before giving up: by
+            each process while it runs, and by all of them at the end.
 
     Raises:
-        ValueError: The VAE cannot encode images of that size.
+        ValueError: The VAE cannot encode samples of that size.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Extraction:
             barrier: Returns when every process has called it.
 
         Raises:
-            ValueError: The folder holds something else, or latents made with other settings; too many images are
+            ValueError: The folder holds something else, or latents made with other settings; too many samples are
                 broken; latents are not finite in the VAE's or the stored dtype.
         """
         with self._locked() if rank == 0 else contextlib.nullcontext():
@@ -135,7 +136,7 @@ class Extraction:
             logger.info("%s: %s of %s to encode", self.out, parts, self.source.description)
         mine = missing[rank::world]
         title = "latents" if world == 1 else f"latents (process 0 of {world})"
-        with tqdm(desc=title, unit="image", disable=rank > 0 or not mine) as bar:
+        with tqdm(desc=title, unit=self.encoder.settings.noun, disable=rank > 0 or not mine) as bar:
             for done, part in enumerate(mine, start=1):
                 self._encode_part(part, bar.update)
                 bar.total = round(bar.n / done * len(mine))  # parts differ, and nobody counts a tar's images beforehand
@@ -189,7 +190,7 @@ class Extraction:
         return self.out / UNFINISHED / f"{part:05d}.json"
 
     def _encode_part(self, part: int, advance: Callable[[int], object]) -> None:
-        """Write the shards of a part, then its record; `advance` is told the number of images of every batch."""
+        """Write the shards of a part, then its record; `advance` is told the number of samples of every batch."""
         broken_before = len(self.encoder.broken)
         shards: list[Shard] = []
         class_counts = np.zeros(len(self.source.class_names), dtype=np.int64)
@@ -218,7 +219,8 @@ class Extraction:
             broken = [key for record in records for key in record.broken]
             self.encoder.check_broken(broken)
             if not shards:
-                raise ValueError(f"no image of {self.source.description} could be read ({len(broken)} broken ones)")
+                noun = self.encoder.settings.noun
+                raise ValueError(f"no {noun} of {self.source.description} could be read ({len(broken)} broken ones)")
             labels = torch.cat([load_file(self.out / shard.file)["labels"] for shard in shards])
             mean, std = self._statistics(records)
             Manifest(
@@ -257,9 +259,9 @@ class Extraction:
         return records
 
     def _statistics(self, records: Sequence[_Record]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the stored latents per channel, over all images and views."""
-        images = sum(shard.count for record in records for shard in record.shards)
-        count = images * self.encoder.stored_shape[0] * self.encoder.latent_shape[1] * self.encoder.latent_shape[2]
+        """Mean and standard deviation of the stored latents per channel, over all samples, views and cells."""
+        samples = sum(shard.count for record in records for shard in record.shards)
+        count = samples * self.encoder.stored_shape[0] * math.prod(self.encoder.latent_shape[1:])
         mean = np.sum([record.sums for record in records], axis=0) / count
         square = np.sum([record.square_sums for record in records], axis=0) / count
         return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist())
@@ -270,7 +272,7 @@ def write_shard(path: Path, latents: torch.Tensor, labels: torch.Tensor) -> Shar
 
     Args:
         path: File to write or replace.
-        latents: (count, V, P, C, h, w), in the stored dtype.
+        latents: (count, V, P, C, *s), in the stored dtype.
         labels: (count,) int64.
 
     Returns:

@@ -4,10 +4,12 @@ Knows the names that the user gives to the fields of a manifest or a plan, and w
 were made for. Knows neither configuration nor files.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .clips import ClipSettings
 from .manifest import differences
 
 # Fields that the user calls otherwise than "data." and the field's name.
@@ -53,7 +55,10 @@ def check_made_from(folder: Path, made: Mapping[str, Any], wanted: Mapping[str, 
 
 
 def _by_setting(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by the user's names; `photos` and `photos/` are one source."""
+    """Fields by the user's names, None for those of clips where there are images; `photos` and `photos/` are one."""
     flat = {**fields, **fields["source_settings"], "source": str(Path(fields["source"]))}
     del flat["source_settings"]
+    if "clips" in flat:
+        clips = flat.pop("clips") or {}
+        flat |= {field.name: clips.get(field.name) for field in dataclasses.fields(ClipSettings)}
     return {_NAMES.get(name, f"data.{name}"): value for name, value in flat.items()}

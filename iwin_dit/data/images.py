@@ -15,8 +15,12 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 128 * 2**20  # 384 MiB of RGB; more than the largest cameras, less than a decompression bomb
 
 
-class BrokenImageError(ValueError):
-    """An image that cannot be decoded; the message names it. The reader decides how many of them to skip."""
+class BrokenSampleError(ValueError):
+    """An image or a clip that cannot be used; the message names it. The reader decides how many of them to skip."""
+
+
+class BrokenImageError(BrokenSampleError):
+    """An image that cannot be decoded."""
 
 
 def read_image(file: Path | bytes, key: str) -> Image.Image:

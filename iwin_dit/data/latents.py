@@ -1,8 +1,8 @@
 """Reading stored latents: the shards of a folder or of one share of it, memory-mapped, and the order of an epoch.
 
 Knows nothing of how latents are made, of models (they say their sizes to `check_fits`) and of training state, which is
-one integer: the global sample position. Letters: B batch, C latent channels, h w latent cells, N images, V views and
-P parts of a posterior as in `manifest`.
+one integer: the global sample position. What is called an image here is a clip where the latents are of clips. Letters:
+B batch, C latent channels, s latent cells (h, w) or (t, h, w), N images, V views and P parts as in `manifest`.
 """
 
 import functools
@@ -49,7 +49,7 @@ class LatentStore:
         _check_files(path, self.manifest, share, shares, verify)
         self.labels = load_file(path / LABELS)["labels"]  # (N,) int64, of all shares
         self.ends = np.cumsum([shard.count for shard in self.manifest.shards])  # of the shards, in images
-        # (count, V, bytes of P * C * h * w numbers) by shard number. As bytes, numpy copies a row in about 1 us in any
+        # (count, V, bytes of P * C * cells numbers) by shard number. As bytes, numpy copies a row in about 1 us in any
         # dtype; a gather of torch's costs as much per row and 10 us for each shard that a batch touches.
         self._rows = {
             number: load_file(path / self.manifest.shards[number].file)["latents"].view(torch.uint8).flatten(2).numpy()
@@ -67,16 +67,19 @@ class LatentStore:
             seed: Key of the split.
 
         Returns:
-            Both; the held-out one can be empty where there are many shares and few held-out images.
+            Both; the held-out one can be empty where there are many shares and few held-out images. The clips of a
+            video are all in one of them.
 
         Raises:
-            ValueError: `holdout` is out of range, or all images of this share are held out.
+            ValueError: `holdout` is out of range or no whole number of videos, or all images of this share are held
+                out.
         """
         share_of_shard = np.empty(len(self.ends), dtype=np.int64)
         for share in range(self.shares):
             share_of_shard[self.manifest.share_of(share, self.shares)] = share
         shares = np.repeat(share_of_shard, [shard.count for shard in self.manifest.shards])  # of the images
-        train, held_out = split_indices(self.labels.numpy(), holdout, seed)
+        clips_per_video = int((self.manifest.clips or {}).get("clips_per_video", 1))
+        train, held_out = split_indices(self.labels.numpy(), holdout, seed, clips_per_video)
         sizes = np.bincount(shares[train], minlength=self.shares)
         if not sizes[self.share]:
             raise ValueError(
@@ -100,7 +103,7 @@ class LatentStore:
             parts: How many of the P parts, from the first.
 
         Returns:
-            Stored latents (B, parts, C, h, w), float32.
+            Stored latents (B, parts, C, *s), float32.
 
         Raises:
             ValueError: A number is NaN or infinite, which no writer of ours stores.
@@ -151,11 +154,11 @@ class LatentDataset:
         Args:
             indices: B integers from 0 to N - 1, in any order, repeated or not; B may be 0.
             flips: (B,) booleans, which images to read mirrored; none by default.
-            noise: (B, C, h, w) standard normal, to draw from the posterior with; its mean by default. Only for
+            noise: (B, C, *s) standard normal, to draw from the posterior with; its mean by default. Only for
                 posterior "mean_std".
 
         Returns:
-            Stored latents (B, C, h, w) float32 and labels (B,) int64, in the order of `indices`.
+            Stored latents (B, C, *s) float32 and labels (B,) int64, in the order of `indices`.
 
         Raises:
             IndexError: An index is out of range.
@@ -221,7 +224,7 @@ def check_fits(
         manifest: The latents' manifest.
         vae_sha256: `LatentCodec.stored_fingerprint` of the VAE that the samples will be decoded with.
         latent_channels: Channels C that the model takes.
-        sample_size: Height and width of the latents that the model is built for.
+        sample_size: Cells (h, w) or (t, h, w) that the model is built for.
         num_classes: Classes that the model knows, without the null class.
 
     Raises:
@@ -241,7 +244,7 @@ def check_fits(
 
 
 def size_differences(
-    latent_shape: tuple[int, int, int],
+    latent_shape: tuple[int, ...],
     classes: int,
     *,
     latent_channels: int,
@@ -251,19 +254,19 @@ def size_differences(
     """List where latents, present or to be made, differ in size from what a model takes.
 
     Args:
-        latent_shape: (C, h, w) of the latents.
+        latent_shape: (C, *s) of the latents.
         classes: Classes of the data.
         latent_channels: Channels C that the model takes.
-        sample_size: Height and width of the latents that the model is built for.
+        sample_size: Cells (h, w) or (t, h, w) that the model is built for.
         num_classes: Classes that the model knows, without the null class.
 
     Returns:
         One line per difference.
     """
-    channels, height, width = latent_shape
+    channels, *size = latent_shape
     pairs = {
         "latent channels": (latent_channels, channels),
-        "latent size": (tuple(sample_size), (height, width)),
+        "latent size": (tuple(sample_size), tuple(size)),
         "classes": (num_classes, classes),
     }
     return [f"{name}: model {model}, latents {data}" for name, (model, data) in pairs.items() if model != data]

@@ -1,11 +1,11 @@
 """The format of a folder of latents: safetensors shards, all labels, and a manifest that lists and hashes them.
 
-    00012-000.safetensors   part and number: `latents` (count, V, P, C, h, w), stored latents, and `labels` (count,)
+    00012-000.safetensors   part and number: `latents` (count, V, P, C, *s), stored latents, and `labels` (count,)
     labels.safetensors      `labels` (N,) of all shards in order, so that a node with a few shards knows every split
     manifest.json           written last: a folder without it is unfinished
 
-V is 2 with flips (the image, its mirror image), else 1; P is 2 for posterior "mean_std", else 1; labels are int64. Owns
-names and fields; knows neither writer nor reader. Letters: C channels, h w cells, N images.
+V is 2 with flips (the sample, its mirror image), else 1; P is 2 for posterior "mean_std", else 1; labels are int64.
+Knows neither writer nor reader. A sample is an image or a clip; C channels, s cells (h, w) or (t, h, w), N samples.
 
     python -m iwin_dit.data.manifest FOLDER [SHARE SHARES]   # lists the files, of one share, for rsync --files-from=-
 """
@@ -26,7 +26,7 @@ import torch
 
 from ..files import write_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 LABELS = "labels.safetensors"
 
@@ -45,7 +45,7 @@ class Shard:
 
     Attributes:
         file: Its name in the folder.
-        count: Images in it.
+        count: Samples in it.
         sha256: Of the file, in hex.
     """
 
@@ -65,26 +65,27 @@ class Manifest:
 
     Attributes:
         format_version: Of the folder; another one is refused.
-        source: Where the images came from, as `ImageSource.description` says it.
+        source: Where the samples came from, as `ImageSource.description` says it.
         source_fingerprint: `ImageSource.fingerprint`.
         source_settings: What of that source was read: split, keys of image and label and so on; None where it has none.
         class_names: Names by label.
-        class_counts: Images stored per class, by label.
-        resolution: Side of the images, in pixels.
-        latent_shape: (C, h, w).
+        class_counts: Samples stored per class, by label.
+        resolution: Side of the images or frames, in pixels.
+        latent_shape: (C, h, w), or of clips (C, t, h, w).
         dtype: Of the latents on disk, a key of `DTYPES`.
         posterior: What of the VAE's posterior is stored: its mean, one sample, or mean and standard deviation.
         flips: The mirror images are stored too.
-        shard_size: Images per file, at most.
+        shard_size: Samples per file, at most.
         vae_id: The folder or Hub id of the VAE.
         vae_sha256: `LatentCodec.stored_fingerprint` of the VAE.
         vae_config_sha256: `LatentCodec.config_fingerprint` of the VAE.
-        latents_mean: C means of the stored latents, over all images, views and cells.
+        latents_mean: C means of the stored latents, over all samples, views and cells.
         latents_std: C standard deviations of the same; for "mean_std" with the posterior's variance.
-        shards: The files, in the order of the images.
+        shards: The files, in the order of the samples.
         labels_sha256: Of `labels.safetensors`.
-        broken: Keys of the images that were skipped; every count in the manifest is of what is stored.
+        broken: Keys of the samples that were skipped; every count in the manifest is of what is stored.
         packages: Versions of what decoded and encoded.
+        clips: The fields of the `ClipSettings` by which the clips were cut; None of images.
     """
 
     format_version: int
@@ -94,7 +95,7 @@ class Manifest:
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     resolution: int
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     dtype: str
     posterior: Posterior
     flips: bool
@@ -108,19 +109,20 @@ class Manifest:
     labels_sha256: str
     broken: tuple[str, ...]
     packages: dict[str, str]
+    clips: dict[str, int | float] | None = None
 
     @property
     def count(self) -> int:
-        """Number of images stored."""
+        """Number of samples stored."""
         return sum(shard.count for shard in self.shards)
 
     @property
-    def stored_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape (V, P, C, h, w) of one image on disk."""
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape (V, P, C, *s) of one sample on disk."""
         return stored_shape(self.latent_shape, self.posterior, self.flips)
 
     def share_of(self, share: int, shares: int) -> list[int]:
-        """Numbers of the shards of one share: the largest first, each goes to the share with the fewest images so far.
+        """Numbers of the shards of one share: the largest first, each goes to the share with the fewest samples so far.
 
         Ties go by number, so that shards of one size are dealt in turn.
 
@@ -139,11 +141,11 @@ class Manifest:
                 f"expected a share of 0 to shares - 1 and at most {len(self.shards)} shares, one per shard; got share "
                 f"{share} of {shares}"
             )
-        loads = [(0, number) for number in range(shares)]  # images and number of each share, a heap
+        loads = [(0, number) for number in range(shares)]  # samples and number of each share, a heap
         mine = []
         for number in sorted(range(len(self.shards)), key=lambda i: (-self.shards[i].count, i)):
-            images, least = loads[0]
-            heapq.heapreplace(loads, (images + self.shards[number].count, least))
+            samples, least = loads[0]
+            heapq.heapreplace(loads, (samples + self.shards[number].count, least))
             if least == share:
                 mine.append(number)
         return sorted(mine)
@@ -211,7 +213,7 @@ class Manifest:
         channels, classes = self.latent_shape[0], len(self.class_names)
         checks = {
             "dtype": self.dtype in DTYPES,
-            "latent_shape": min(self.latent_shape) > 0,
+            "latent_shape": len(self.latent_shape) == (3 if self.clips is None else 4) and min(self.latent_shape) > 0,
             "class_counts": len(self.class_counts) == classes and sum(self.class_counts) == self.count,
             "latents_mean and latents_std": len(self.latents_mean) == len(self.latents_std) == channels,
             "shards": bool(self.shards) and all(shard.count > 0 for shard in self.shards),
@@ -239,13 +241,11 @@ def _is_of_type(value: object, hint: Any) -> bool:
     return type(value) is hint
 
 
-def stored_shape(
-    latent_shape: tuple[int, int, int], posterior: Posterior, flips: bool
-) -> tuple[int, int, int, int, int]:
-    """Shape (V, P, C, h, w) of one image on disk.
+def stored_shape(latent_shape: tuple[int, ...], posterior: Posterior, flips: bool) -> tuple[int, ...]:
+    """Shape (V, P, C, *s) of one sample on disk.
 
     Args:
-        latent_shape: (C, h, w).
+        latent_shape: (C, *s).
         posterior: What is stored of it.
         flips: Whether the mirror image is stored.
 

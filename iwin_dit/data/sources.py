@@ -1,8 +1,8 @@
-"""Image sources: what an image data set is to this project, the folder of class folders, and the held-out split.
+"""Sources: what a data set of images or clips is to this project, the folder of images, and the held-out split.
 
-A source knows where images and labels come from, in which parts and which order; it decodes nothing before it is asked
-to and nothing here knows of sizes, latents, VAEs or models. The other sources (`digits`, `webdataset`, `huggingface`)
-build on this file; `open_source` alone looks back at them. Letter: N number of images.
+A source knows where samples and labels come from, in which parts and which order; it decodes nothing before it is asked
+to and nothing here knows of sizes, latents, VAEs or models. The other sources (`digits`, `webdataset`, `huggingface`,
+`clips`, `moving_digits`) build on this file; `open_source` alone looks back at them. Letter: N number of samples.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,35 +20,38 @@ from PIL import Image
 from ..files import list_files
 from .images import EXTENSIONS, read_image
 
+if TYPE_CHECKING:
+    from .clips import ClipSettings
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image, not yet decoded.
+    """One labelled image or clip, not yet decoded.
 
     Args:
-        key: Names the image in messages: a path, a tar and its member, or the row of a data set.
+        key: Names the sample in messages: a path, a tar and its member, or the row of a data set.
         label: Its class, from 0.
-        read: Decodes it: upright, RGB, any size. Holds the file's content or path and nothing else, may be called in
-            another thread, and raises `BrokenImageError` for an image that cannot be decoded.
+        read: Decodes an image, or the T frames of a clip: upright, RGB, any one size. Holds the file's content or path
+            and nothing else, may be called in another thread, and raises `BrokenSampleError` for what cannot be used.
     """
 
     key: str
     label: int
-    read: Callable[[], Image.Image]
+    read: Callable[[], Image.Image | list[Image.Image]]
 
 
 class ImageSource(Protocol):
-    """A labelled image data set in parts, which are the units of work: any process can do any of them."""
+    """A labelled data set of images or clips in parts, the units of work: any process can do any of them."""
 
     @property
     def description(self) -> str:
-        """Where the images come from: `data.source` as the user gives it."""
+        """Where the samples come from: `data.source` as the user gives it."""
 
     @property
     def fingerprint(self) -> str:
-        """Identify the content, as far as that is known without reading it: other images, another one."""
+        """Identify the content, as far as that is known without reading it: other samples, another one."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -60,7 +63,7 @@ class ImageSource(Protocol):
 
     @property
     def num_ignored(self) -> int:
-        """Count the files whose names say that they are no images; 0 for sources that are not folders of files."""
+        """Count the files whose names say that they are no samples; 0 for sources that are not folders of files."""
 
     def samples(self, part: int) -> Iterator[Sample]:
         """Yield the samples of one part: always the same ones in the same order, labels in range."""
@@ -84,27 +87,14 @@ class ImageFolder:
     """
 
     def __init__(self, root: Path, part_size: int, class_names: tuple[str, ...] | None = None) -> None:
-        if not root.is_dir():
-            raise ValueError(f"expected a folder of class folders, got {root}, which is not a folder")
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not names:
-            raise ValueError(f"expected class folders in {root} (root/<class name>/image.png), found no folder there")
+        names = class_folders(root)
         by_class = (sorted(list_files(root / name), key=os.path.split) for name in names)
         files = [(path, label) for label, paths in enumerate(by_class) for path in paths]
         self._samples = [(path, label) for path, label in files if path.lower().endswith(EXTENSIONS)]
-        empty = sorted(set(range(len(names))) - {label for _, label in self._samples})
-        if empty:
-            raise ValueError(
-                f"no images ({', '.join(EXTENSIONS)}) in these class folders of {root}: "
-                f"{', '.join(names[label] for label in empty)}; fill or remove them"
-            )
+        counts = np.bincount([label for _, label in self._samples], minlength=len(names)).tolist()
         ignored = [path for path, _ in files if not path.lower().endswith(EXTENSIONS)]
+        check_class_folders(root, names, counts, ignored, f"images ({', '.join(EXTENSIONS)})")
         self.num_ignored = len(ignored)
-        if ignored:
-            logger.warning(
-                "%d files in %s are not named as images (%s) and are left out: %s%s",
-                *(len(ignored), root, ", ".join(EXTENSIONS), ", ".join(ignored[:3]), ", ..." if ignored[3:] else ""),
-            )
         self.description = str(root)
         self.fingerprint = files_fingerprint(
             (Path(path).relative_to(root).as_posix(), Path(path).stat().st_size) for path, _ in self._samples
@@ -117,6 +107,39 @@ class ImageFolder:
         """Yield the samples of one part, in the order of class and path."""
         for path, label in self._samples[part * self._part_size : (part + 1) * self._part_size]:
             yield Sample(path, label, partial(read_image, Path(path), path))
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders in a folder, sorted; a ValueError if it is none, or has none."""
+    if not root.is_dir():
+        raise ValueError(f"expected a folder of class folders, got {root}, which is not a folder")
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"expected class folders in {root} (root/<class name>/...), found no folder there")
+    return names
+
+
+def check_class_folders(root: Path, names: list[str], counts: list[int], ignored: list[str], what: str) -> None:
+    """Refuse class folders without samples, and warn of files that are left out.
+
+    Args:
+        root: The folder that holds them.
+        names: Of the class folders.
+        counts: Samples in each.
+        ignored: Paths of the files that are no samples.
+        what: What they would have to be, as in "named as images (.png)".
+
+    Raises:
+        ValueError: A class folder has no samples.
+    """
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        raise ValueError(f"no {what} in these class folders of {root}: {', '.join(empty)}; fill or remove them")
+    if ignored:
+        logger.warning(
+            "%d files in %s are not named as %s and are left out: %s%s",
+            *(len(ignored), root, what, ", ".join(ignored[:3]), ", ..." if ignored[3:] else ""),
+        )
 
 
 def files_fingerprint(files: Iterable[tuple[str, int]]) -> str:
@@ -144,12 +167,14 @@ def open_source(
     class_names: Path | None,
     num_classes: int,
     part_size: int,
+    clips: "ClipSettings | None" = None,
 ) -> ImageSource:
-    """Open an image source by what the user calls it (`data.source`).
+    """Open a source by what the user calls it (`data.source`).
 
     Args:
-        source: "digits"; a folder of class folders; WebDataset tars as "a.tar", "{00000..00099}.tar" or "*.tar"; or
-            "hf:" with the name or folder of a Hugging Face data set.
+        source: Of images, "digits"; a folder of class folders; WebDataset tars as "a.tar", "{00000..00099}.tar" or
+            "*.tar"; or "hf:" with the name or folder of a Hugging Face data set. Of clips, "moving_digits" or a folder
+            of class folders.
         split: Split of a Hugging Face data set; "train" for the other sources, which have none.
         revision: Commit, branch or tag of a data set on the Hub; None takes the newest.
         config: Configuration of a Hugging Face data set that has several.
@@ -161,7 +186,8 @@ def open_source(
         class_names: A text file, a name a line in the order of the labels; by default the names that the source knows,
             else the labels as text.
         num_classes: Number of classes: of the names in `class_names`, and of a source that does not know its own.
-        part_size: Images per part of a source with random access; a tar and a streamed file are a part each.
+        part_size: Samples per part of a source with random access; a tar and a streamed file are a part each.
+        clips: How clips are cut; None opens a source of images.
 
     Returns:
         The source.
@@ -171,6 +197,12 @@ def open_source(
         ImportError: It needs a package that is not installed.
     """
     names = None if class_names is None else read_class_names(class_names, num_classes)
+    if clips is not None and (source == "digits" or source.startswith("hf:") or source.endswith(".tar")):
+        raise ValueError(
+            f"expected data.source moving_digits or a folder for clips, got {source!r}, a source of images"
+        )
+    if clips is None and source == "moving_digits":
+        raise ValueError("expected a source of images, got data.source 'moving_digits', which is of clips")
     # Imported where they are used: they build on this file, and bring packages that the other sources do not need.
     if source.startswith("hf:"):
         from .huggingface import HuggingFaceSource
@@ -209,7 +241,15 @@ def open_source(
         from .digits import Digits
 
         return Digits(part_size, names)
-    return ImageFolder(Path(source), part_size, names)
+    if clips is None:
+        return ImageFolder(Path(source), part_size, names)
+    if source == "moving_digits":
+        from .moving_digits import MovingDigits
+
+        return MovingDigits(part_size, clips, names)
+    from .clips import ClipFolder
+
+    return ClipFolder(Path(source), part_size, clips, names)
 
 
 def _refuse(where: str, source: str, given: dict[str, bool]) -> None:
@@ -220,7 +260,7 @@ def _refuse(where: str, source: str, given: dict[str, bool]) -> None:
 
 
 def count_parts(size: int, part_size: int) -> int:
-    """Number of parts that `size` images make, `part_size` in all but the last."""
+    """Number of parts that `size` samples make, `part_size` in all but the last."""
     return -(-size // part_size)
 
 
@@ -288,29 +328,43 @@ def keyed_permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(words).random_raw(size), kind="stable")
 
 
-def split_indices(labels: Sequence[int] | np.ndarray, holdout: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split a data set into training and held-out images, the same share of every class.
+def split_indices(
+    labels: Sequence[int] | np.ndarray, holdout: float | int, seed: int, group: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split a data set into training and held-out samples, the same share of every class.
 
-    The one rule that VAE, latents and evaluation share, so that "held out" means the same images everywhere.
+    The one rule that VAE, latents and evaluation share, so that "held out" means the same samples everywhere.
 
     Args:
-        labels: Class of each image, N values.
-        holdout: Number of held-out images (int), or their share (float below 1); 0 holds out none.
+        labels: Class of each sample, N values.
+        holdout: Number of held-out samples (int), or their share (float below 1); 0 holds out none.
         seed: Key of the choice.
+        group: How many samples, one after the other, belong to one thing, such as the clips of a video: all of them
+            come to one side.
 
     Returns:
-        Indices of the training and of the held-out images, each ascending, int64. Every class keeps a training image.
+        Indices of the training and of the held-out samples, each ascending, int64. Every class keeps a training sample.
 
     Raises:
-        ValueError: `holdout` is out of range.
+        ValueError: `holdout` is out of range, or it or the samples are no whole groups.
     """
+    if group > 1:
+        grouped = np.asarray(labels).reshape(-1, group) if len(labels) % group == 0 else None
+        if grouped is None or (grouped != grouped[:, :1]).any() or (isinstance(holdout, int) and holdout % group):
+            raise ValueError(
+                f"expected samples and holdout in whole groups of {group} of one class (clips of one video), got "
+                f"{len(labels)} samples and a holdout of {holdout}"
+            )
+        sides = split_indices(grouped[:, 0], holdout // group if isinstance(holdout, int) else holdout, seed)
+        train, val = ((side[:, None] * group + np.arange(group)).flatten() for side in sides)
+        return train, val
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     total = round(holdout * len(labels)) if isinstance(holdout, float) else holdout
     spare = counts - 1  # what a class can give and keep a training image
     if not 0 <= total <= spare.sum() or (total == 0) != (holdout == 0):
         raise ValueError(
-            f"expected a holdout of 1 to {spare.sum()} images (of {len(labels)}, every class keeps one for training), "
-            f"or 0, got {holdout}, which is {total} images"
+            f"expected a holdout of 1 to {spare.sum()} samples (of {len(labels)}, every class keeps one for training), "
+            f"or 0, got {holdout}, which is {total}"
         )
     quota = spare * total / max(1, spare.sum())  # where every class has one image, nothing can be held out
     share = np.floor(quota).astype(np.int64)

@@ -1,33 +1,34 @@
-"""Clips to frames: video files through PyAV, and folders of frame images; the one decoder that every video user shares.
+"""Videos to frames: video files through PyAV, and folders of frame images; the one decoder that every user shares.
 
 The only file that imports PyAV (extra `video`). Pixels come as they are stored: RGB, no crop, no resize, no change of
 frame rate. Knows nothing of data sets, labels or tensors. Everything here may be called from several threads at once,
-and a call decodes in its own thread alone: decode several clips at a time.
+and a call decodes in its own thread alone: decode several videos at a time.
 
 Letters: T frames, H W image axes.
 """
 
 import contextlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files import list_files
-from .images import EXTENSIONS, MAX_PIXELS, read_image
+from .images import EXTENSIONS, MAX_PIXELS, BrokenSampleError, read_image
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _DEMUXERS = "mov,matroska,avi,gif"  # FFmpeg's names for those; others may fetch what a file names
 _OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+_JITTER = Fraction(1, 10)  # share of the time between two frames that a time stamp may be off
 
 
-class BrokenVideoError(ValueError):
-    """A clip that cannot be decoded; the message names it. The reader decides how many of them to skip."""
+class BrokenVideoError(BrokenSampleError):
+    """A video that cannot be decoded, or not as it is wanted: too short, of a variable or too low frame rate."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class ClipFacts:
         frames: Number of frames.
         height: Of every frame.
         width: Of every frame.
-        rate: Mean frames per second; None of a folder of frames, which does not say.
+        rate: Mean frames per second, by the time stamps; None of a folder of frames, which does not say.
+        constant_rate: The frames are evenly spaced in time, as far as container and encoder can say it: a time stamp
+            may be off by one tick of its clock (milliseconds in mkv and webm, hundredths of a second in gif) or a tenth
+            of the time between two frames. True of a folder of frames.
     """
 
     frames: int
     height: int
     width: int
     rate: Fraction | None
+    constant_rate: bool = True
 
 
 def list_clips(folder: Path) -> list[Path]:
@@ -60,19 +65,40 @@ def list_clips(folder: Path) -> list[Path]:
         FileNotFoundError: If there is no such folder.
         ValueError: If images lie in `folder` itself, or beside video files: what would be their clip?
     """
+    return list(clip_files(folder)[0])
+
+
+def clip_files(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
+    """List the files below a folder by the clip that they belong to.
+
+    Args:
+        folder: As for `list_clips`.
+
+    Returns:
+        The files of every clip, the clips in the order of their paths (a video file is its own only one), and the files
+        that are named neither as videos nor as images.
+
+    Raises:
+        FileNotFoundError: As by `list_clips`.
+        ValueError: As by `list_clips`.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of clips, got {folder}, which is none")
-    videos, with_frames = set(), set()
+    videos: dict[Path, list[Path]] = {}
+    with_frames: dict[Path, list[Path]] = {}
+    others = []
     for path in map(Path, list_files(folder)):
         if path.name.lower().endswith(VIDEO_EXTENSIONS):
-            videos.add(path)
+            videos[path] = [path]
         elif path.name.lower().endswith(EXTENSIONS):
-            with_frames.add(path.parent)
+            with_frames.setdefault(path.parent, []).append(path)
+        else:
+            others.append(path)
     if folder in with_frames:
         raise ValueError(f"expected clips in {folder}, got images: put the frames of every clip into its own folder")
-    if mixed := sorted(with_frames & {video.parent for video in videos}):
+    if mixed := sorted(with_frames.keys() & {video.parent for video in videos}):
         raise ValueError(f"expected video files or the frames of one clip in {mixed[0]}, got both: sort them apart")
-    return sorted(videos | with_frames)
+    return dict(sorted((videos | with_frames).items())), sorted(others)
 
 
 def probe_clip(path: Path) -> ClipFacts:
@@ -86,7 +112,7 @@ def probe_clip(path: Path) -> ClipFacts:
         path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images.
 
     Returns:
-        Number, size and rate of the frames.
+        Number, size and timing of the frames.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -99,15 +125,32 @@ def probe_clip(path: Path) -> ClipFacts:
         return ClipFacts(len(paths), first.height, first.width, None)
     with _open_video(path) as (container, stream):
         # Packets of no size end the file, and an edit list may have the decoder discard some.
-        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        return ClipFacts(frames, stream.codec_context.height, stream.codec_context.width, stream.average_rate)
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        rate, constant = _frame_rate(packets, stream)
+        return ClipFacts(len(packets), stream.codec_context.height, stream.codec_context.width, rate, constant)
+
+
+def _frame_rate(packets: Sequence[Any], stream: Any) -> tuple[Fraction | None, bool]:
+    """Mean rate of a stream's frames by their time stamps, and whether they are evenly spaced.
+
+    The stream's own word serves for a single frame alone: it counts the time that the last frame stands, too.
+    """
+    # Packets come in the order of decoding. An avi says when a packet is decoded and not when its frame is shown, but
+    # sorted, those are the same steps.
+    shown = [packet.pts if packet.pts is not None else packet.dts for packet in packets]
+    stamps = sorted(stamp for stamp in shown if stamp is not None)
+    if len(packets) < 2:
+        return stream.average_rate, True
+    if len(stamps) < len(packets) or stamps[0] == stamps[-1]:
+        return stream.average_rate, False
+    step = Fraction(stamps[-1] - stamps[0], len(stamps) - 1)  # in ticks of the stream's clock
+    tolerance = max(Fraction(1), _JITTER * step)
+    even = all(abs(stamp - stamps[0] - i * step) <= tolerance for i, stamp in enumerate(stamps))
+    return 1 / (step * stream.time_base), even
 
 
 def read_frames(path: Path, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
     """Decode frames `start`, `start + stride`, ... of a clip.
-
-    A video file is decoded from its beginning, which finds frame `start` exactly in every container, at the cost of
-    decoding what is skipped.
 
     Args:
         path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images, numbered or in the order of names.
@@ -120,30 +163,62 @@ def read_frames(path: Path, start: int = 0, count: int | None = None, stride: in
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
-        ValueError: If the clip is too short, or no clip, or its frames have several sizes (`BrokenVideoError` or
-            `BrokenImageError` where it is damaged).
+        ValueError: If the clip is too short, or as by `decode_frames`.
         ImportError: If it is a video file and PyAV is not installed.
     """
     if start < 0 or stride < 1 or (count is not None and count < 1):
         raise ValueError(f"expected start >= 0, count >= 1 and stride >= 1, got {start}, {count} and {stride}")
-    stop = None if count is None else start + (count - 1) * stride + 1
-    if path.is_dir():
-        chosen = frame_paths(path)[start:stop:stride]
-        frames = [np.asarray(read_image(frame, str(frame))) for frame in chosen]
-    else:
-        with _open_video(path) as (container, stream):
-            frames = []
-            for i, frame in enumerate(islice(container.decode(stream), stop)):
-                if frame.is_corrupt:  # parts of it are the decoder's guess, and parts of the next ones rest on it
-                    raise BrokenVideoError(f"{path} is damaged in frame {i}")
-                if i >= start and (i - start) % stride == 0:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+    frames = list(decode_frames(path, itertools.islice(itertools.count(start, stride), count)))
     if len(frames) < (count or 1):
-        wanted = f"{start + 1 if stop is None else stop} frames (start {start}, count {count}, stride {stride})"
-        raise ValueError(f"{path} is too short: expected at least {wanted}, got fewer")
-    if len(sizes := {frame.shape for frame in frames}) > 1:
-        raise ValueError(f"expected frames of one size in {path}, got {sorted(shape[:2] for shape in sizes)}")
+        needed = start + ((count or 1) - 1) * stride + 1
+        wanted = f"{needed} frames (start {start}, count {count}, stride {stride})"
+        raise BrokenVideoError(f"{path} is too short: expected at least {wanted}, got fewer")
     return np.stack(frames)
+
+
+def decode_frames(path: Path, indices: Iterable[int]) -> Iterator[np.ndarray]:
+    """Decode the frames of a clip that are asked for, one after the other.
+
+    A video file is decoded from its beginning, which finds a frame exactly in every container, at the cost of decoding
+    what is skipped.
+
+    Args:
+        path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images.
+        indices: Numbers of frames from 0, ascending; without end for all that follow.
+
+    Yields:
+        `(H, W, 3)` uint8, RGB: of those frames, the ones that there are. Where the clip ends before, they are fewer.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If it is no clip, or its frames have several sizes (`BrokenVideoError` or `BrokenImageError` where
+            it is damaged).
+        ImportError: If it is a video file and PyAV is not installed.
+    """
+    shape = None
+    for pixels in (_folder_frames if path.is_dir() else _video_frames)(path, iter(indices)):
+        if pixels.shape != (shape := shape or pixels.shape):
+            raise BrokenVideoError(f"expected frames of one size in {path}, got {shape[:2]} and {pixels.shape[:2]}")
+        yield pixels
+
+
+def _folder_frames(path: Path, indices: Iterator[int]) -> Iterator[np.ndarray]:
+    paths = frame_paths(path)
+    for index in itertools.takewhile(lambda index: index < len(paths), indices):
+        yield np.asarray(read_image(paths[index], str(paths[index])))
+
+
+def _video_frames(path: Path, indices: Iterator[int]) -> Iterator[np.ndarray]:
+    with _open_video(path) as (container, stream):
+        index = next(indices, None)
+        for i, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:  # parts of it are the decoder's guess, and parts of the next ones rest on it
+                raise BrokenVideoError(f"{path} is damaged in frame {i}")
+            if i == index:
+                yield frame.to_ndarray(format="rgb24")
+                index = next(indices, None)
+            if index is None:
+                return
 
 
 def frame_paths(folder: Path) -> list[Path]:
