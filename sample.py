@@ -1,4 +1,4 @@
-"""Sample images from a trained model: every pair of class and seed, one PNG each, and a grid.
+"""Sample from a trained model: every pair of class and seed, and a grid of them; images as PNG, clips as GIF and MP4.
 
 python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
 """
@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what needs torch is imported in the functions, so that --help answers at once
-    from iwin_dit import IwinDiTPipeline
+    from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
+
+    Pipeline = IwinDiTPipeline | IwinDiTVideoPipeline
+
+CLIP_FORMATS = ("gif", "mp4")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -30,9 +34,19 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_formats(text: str) -> list[str]:
+    """Read formats such as "gif" or "gif,mp4"."""
+    formats = text.split(",")
+    if unknown := [name for name in formats if name not in CLIP_FORMATS]:
+        raise argparse.ArgumentTypeError(f"expected formats among {', '.join(CLIP_FORMATS)}, got {unknown[0]!r}")
+    return formats
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(prog="sample.py", description="Sample images: every pair of class and seed.")
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Sample images or clips: every pair of class and seed."
+    )
     parser.add_argument("--model", required=True, help="run folder, checkpoint folder, pipeline folder or Hub id")
     parser.add_argument(
         "--classes",
@@ -40,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="class names or indices; a name wins over an index (default: the first ten classes)",
     )
     parser.add_argument("--seeds", type=parse_seeds, default="0-7", help="such as 0-15 or 0,4,8 (default: 0-7)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the images (default: samples)")
-    parser.add_argument("--grid", type=Path, help="file for the grid (default: grid.png in --out)")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the samples (default: samples)")
+    parser.add_argument("--grid", type=Path, help="file for the grid (default: grid.png, of clips grid.gif, in --out)")
     parser.add_argument("--steps", type=int, help="sampler steps (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 = off (default: the pipeline's)")
     parser.add_argument(
@@ -50,9 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-channels", type=int, help="guide only the first so many latent channels")
     parser.add_argument("--height", type=int, help="pixels (default: the training size)")
     parser.add_argument("--width", type=int, help="pixels (default: the training size)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time; changes no image")
+    parser.add_argument("--batch-size", type=int, help="samples at a time, with equal results (64 images, 8 clips)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    videos = parser.add_argument_group("video models only")
+    videos.add_argument("--frames", type=int, help="frames of a clip (default: as in training)")
+    videos.add_argument("--fps", type=float, help="frames per second to play at (default: as in training)")
+    videos.add_argument("--format", type=parse_formats, help='"gif", "mp4" or both (default: gif,mp4)')
     return parser
 
 
@@ -61,19 +79,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     try:
         sample(arguments)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"sample.py: error: {error}")
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Sample every pair and save the images; raises ValueError for arguments that do not fit the model."""
+    """Sample every pair and save the samples; raises ValueError for arguments that do not fit the model."""
     import torch
     from tqdm import tqdm
 
-    from iwin_dit.pipelines import load_pipeline
-    from iwin_dit.pipelines.pictures import image_grid
+    from iwin_dit.pipelines.pictures import clip_grid, image_grid, save_gif
 
-    if arguments.batch_size < 1:
+    pipe = open_pipeline(arguments)
+    settings = call_settings(arguments, pipe)
+    is_video = "num_frames" in settings
+    formats = clip_formats(arguments, settings) if is_video else ["png"]
+    grid = arguments.grid or arguments.out / f"grid.{'gif' if is_video else 'png'}"
+    if is_video and grid.suffix.lower() != ".gif":
+        raise ValueError(f"--grid of clips must be a .gif file, got {grid}")
+    names = arguments.classes or range(min(10, pipe.transformer.config.num_classes))
+    # A name wins over an index: folders called 0 to 11 sort as 0, 1, 10, 11, 2, ...
+    is_index = [name not in pipe.label_ids and str(name).isdecimal() for name in map(str, names)]
+    classes = pipe.get_label_ids([int(n) if index else n for n, index in zip(names, is_index, strict=True)])
+
+    pairs = [(label, seed) for label in classes for seed in arguments.seeds]
+    for folder in (arguments.out, grid.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    record = {"model": arguments.model, "dtype": arguments.dtype, **settings, **scheduler_and_packages(pipe)}
+    samples: list[Any] = []  # images, or lists of frames
+    size = arguments.batch_size or (8 if is_video else 64)
+    for start in tqdm(range(0, len(pairs), size), desc="sampling", unit="batch"):
+        batch = pairs[start : start + size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        (new,) = pipe([label for label, _ in batch], generator=generators, return_dict=False, **settings)
+        for (label, seed), one in zip(batch, new, strict=True):
+            stem = arguments.out / file_stem(pipe.id2label, label, seed)
+            save_sample(one, stem, formats, {"class": label, "seed": seed, **record})
+        samples += new
+
+    columns = len(arguments.seeds)
+    rows = [samples[i : i + columns] for i in range(0, len(samples), columns)]
+    labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
+    if is_video:
+        save_gif(clip_grid(rows, labels), grid, settings["fps"])
+    else:
+        image_grid(rows, labels).save(grid)
+    print(f"wrote {len(samples)} {'clips' if is_video else 'images'} to {arguments.out} and a grid to {grid}")
+
+
+def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
+    """Load the model onto its device."""
+    import torch
+
+    from iwin_dit.pipelines import load_pipeline
+
+    if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -81,68 +141,78 @@ def sample(arguments: argparse.Namespace) -> None:
     pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
     if pipe.vae is None:
         raise ValueError(
-            f"{arguments.model} has no VAE, so there are latents but no images: convert it again with --vae"
+            f"{arguments.model} has no VAE, so it gives latents but no {pipe.sample_word}s: convert it again with --vae"
         )
     pipe.set_progress_bar_config(disable=True)
-    names = arguments.classes or range(min(10, pipe.transformer.config.num_classes))
-    # A name wins over an index: folders called 0 to 11 sort as 0, 1, 10, 11, 2, ...
-    is_index = [name not in pipe.label_ids and str(name).isdecimal() for name in map(str, names)]
-    classes = pipe.get_label_ids([int(n) if index else n for n, index in zip(names, is_index, strict=True)])
-    settings = call_settings(arguments, pipe)
-
-    pairs = [(label, seed) for label in classes for seed in arguments.seeds]
-    grid = arguments.grid or arguments.out / "grid.png"
-    for folder in (arguments.out, grid.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    images = []
-    for start in tqdm(range(0, len(pairs), arguments.batch_size), desc="sampling", unit="batch"):
-        batch = pairs[start : start + arguments.batch_size]
-        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        (batch_images,) = pipe([label for label, _ in batch], generator=generators, return_dict=False, **settings)
-        for (label, seed), image in zip(batch, batch_images, strict=True):
-            about = {"model": arguments.model, "class": label, "seed": seed, "dtype": arguments.dtype, **settings}
-            about["scheduler"] = {"class": type(pipe.scheduler).__name__, **json.loads(pipe.scheduler.to_json_string())}
-            image.save(arguments.out / file_name(pipe.id2label, label, seed), pnginfo=png_text(about))
-        images += batch_images
-
-    columns = len(arguments.seeds)
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
-    image_grid(rows, labels).save(grid)
-    print(f"wrote {len(images)} images to {arguments.out} and a grid to {grid}")
+    return pipe
 
 
-def call_settings(arguments: argparse.Namespace, pipe: "IwinDiTPipeline") -> dict[str, Any]:
+def call_settings(arguments: argparse.Namespace, pipe: "Pipeline") -> dict[str, Any]:
     """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
-    defaults = inspect.signature(pipe.__call__).parameters
-    height, width = (n * pipe.stride for n in pipe.transformer.latent_size)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    defaults |= zip(("num_frames", "height", "width")[-pipe.rank :], pipe.default_size, strict=True)
     given = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "guidance_interval": arguments.guidance_interval and tuple(arguments.guidance_interval),
         "guidance_channels": arguments.guidance_channels,
-        "height": height if arguments.height is None else arguments.height,
-        "width": width if arguments.width is None else arguments.width,
+        "height": arguments.height,
+        "width": arguments.width,
     }
-    return {name: defaults[name].default if value is None else value for name, value in given.items()}
+    if "num_frames" in defaults:
+        defaults["fps"] = pipe.config.fps
+        given |= {"num_frames": arguments.frames, "fps": arguments.fps}
+    elif unfit := [f"--{name}" for name in ("frames", "fps", "format") if getattr(arguments, name) is not None]:
+        raise ValueError(f"{arguments.model} makes images, and video models alone take {', '.join(unfit)}")
+    return {name: defaults[name] if value is None else value for name, value in given.items()}
 
 
-def file_name(id2label: dict[int, str], label: int, seed: int) -> str:
-    """Name an image by class and seed: class-003-otter-seed-000012.png; without a name that only repeats the index."""
+def clip_formats(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[str]:
+    """Formats to write clips in, after a check that it can be done, before the work."""
+    from iwin_dit.pipelines.pictures import check_gif, check_mp4
+
+    formats = arguments.format or list(CLIP_FORMATS)
+    try:
+        check_gif(settings["fps"])  # the grid is always one
+        if "mp4" in formats:
+            check_mp4(settings["width"], settings["height"], settings["fps"])
+    except (ValueError, ImportError) as error:
+        raise type(error)(f"{error}; --fps sets another rate, --format gif writes GIFs alone") from error
+    return formats
+
+
+def file_stem(id2label: dict[int, str], label: int, seed: int) -> str:
+    """Name a sample by class and seed: class-003-otter-seed-000012; without a name that only repeats the index."""
     name = id2label.get(label, "").split(",")[0]
     safe = "".join(c if c.isalnum() else "_" for c in name)
     middle = f"-{safe}" if safe and safe != str(label) else ""
-    return f"class-{label:03d}{middle}-seed-{seed:06d}.png"
+    return f"class-{label:03d}{middle}-seed-{seed:06d}"
 
 
-def png_text(about: dict[str, Any]) -> Any:
-    """Put the settings of an image into its PNG text, under "iwin-dit", as JSON."""
+def scheduler_and_packages(pipe: "Pipeline") -> dict[str, Any]:
+    """What decides a sample besides the model and the arguments of the call."""
+    config = json.loads(pipe.scheduler.to_json_string(), parse_constant=str)  # some hold -Infinity, no JSON
+    return {
+        "scheduler": {"class": type(pipe.scheduler).__name__, **config},
+        "packages": {name: version(name) for name in ("iwin-dit", "diffusers", "torch")},
+    }
+
+
+def save_sample(one: Any, stem: Path, formats: Sequence[str], about: dict[str, Any]) -> None:
+    """Save an image with its settings in the PNG's text, under "iwin-dit"; of a clip they lie in a JSON beside it."""
     from PIL.PngImagePlugin import PngInfo
 
-    packages = {name: version(name) for name in ("iwin-dit", "diffusers", "torch")}
-    info = PngInfo()
-    info.add_text("iwin-dit", json.dumps({**about, "packages": packages}))
-    return info
+    from iwin_dit.files import write_json
+    from iwin_dit.pipelines.pictures import save_gif, save_mp4
+
+    if not isinstance(one, list):
+        info = PngInfo()
+        info.add_text("iwin-dit", json.dumps(about))
+        one.save(f"{stem}.png", pnginfo=info)
+        return
+    for name in formats:
+        {"gif": save_gif, "mp4": save_mp4}[name](one, Path(f"{stem}.{name}"), about["fps"])
+    write_json(Path(f"{stem}.json"), about)
 
 
 if __name__ == "__main__":

@@ -333,8 +333,8 @@ def test_images_per_label(pipe):
 
 
 def test_same_noise_in_any_batch(pipe):
-    one = pipe.prepare_latents(1, 16, 16, seeds(5), None)
-    many = pipe.prepare_latents(3, 16, 16, seeds(1, 5, 2), None)
+    one = pipe.prepare_latents(1, (16, 16), seeds(5), None)
+    many = pipe.prepare_latents(3, (16, 16), seeds(1, 5, 2), None)
     assert torch.equal(one[0], many[1])
     assert one.dtype == torch.float32
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ..files import sha256
 from ..models.loading import load_strictly
 from .image import IwinDiTPipeline
+from .video import IwinDiTVideoPipeline
 
 Weights = Literal["ema", "raw"]
 
@@ -22,6 +24,7 @@ CHECKPOINT_WEIGHTS: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "mode
 CHECKPOINT_MANIFEST = "checkpoint.json"  # step, and size and sha256 of the checkpoint's files
 EXPORT_RECORD = "training.json"  # step of a pipeline that training exported, always with the averaged weights
 INDEX = "model_index.json"
+PIPELINES = {cls.__name__: cls for cls in (IwinDiTPipeline, IwinDiTVideoPipeline)}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     weights: Weights = "ema",
-) -> IwinDiTPipeline:
-    """Load a pipeline from a run, one of its checkpoints, a pipeline folder or the Hub.
+) -> IwinDiTPipeline | IwinDiTVideoPipeline:
+    """Load a pipeline from a run, one of its checkpoints, a pipeline folder or the Hub: for images or for videos.
 
     Args:
         path_or_id: `runs/<name>` (its `pipeline/` is taken), `runs/<name>/checkpoints/step-<number>` (the run's
@@ -53,10 +56,14 @@ def load_pipeline(
         The pipeline, ready to call.
 
     Raises:
-        ValueError: If there is no pipeline there, none with these weights, or a checkpoint's file is damaged.
+        ValueError: If there is no pipeline there, none of ours, none with these weights, or a checkpoint's file is
+            damaged.
     """
     found = _find(path_or_id, weights)
-    pipe = IwinDiTPipeline.from_pretrained(found.folder, dtype=dtype)
+    name = json.loads((found.folder / INDEX).read_text()).get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"expected a pipeline of class {' or '.join(PIPELINES)} in {found.folder}, got {name}")
+    pipe = PIPELINES[name].from_pretrained(found.folder, dtype=dtype)
     if found.weights is not None:
         load_strictly(pipe.transformer, load_file(found.weights), str(found.weights))
     return pipe.to(device)
@@ -117,7 +124,7 @@ def _find(path_or_id: str | Path, weights: Weights) -> _Found:
     if path.exists() or str(path_or_id).count("/") != 1:
         raise wrong
     try:
-        snapshot = Path(IwinDiTPipeline.download(str(path_or_id)))
+        snapshot = Path(DiffusionPipeline.download(str(path_or_id)))
     except OSError as error:  # what the Hub client raises for an unknown id or a missing network
         raise wrong from error
     return _Found(snapshot, revision=snapshot.name)
