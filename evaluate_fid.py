@@ -3,12 +3,14 @@
     accelerate launch evaluate_fid.py --model runs/digits
     accelerate launch evaluate_fid.py --model runs/x --reference imagenet256.npz --guidance 1.5 --steps 250
     accelerate launch evaluate_fid.py --images samples.npz --reference imagenet256.npz --metrics fid,sfid,is,kid,pr
+    accelerate launch evaluate_fid.py --model runs/moving_digits
+    accelerate launch evaluate_fid.py --model runs/ucf101 --reference data/ucf101 --i3d i3d_torchscript.pt
     accelerate launch evaluate_fid.py reference --source data/imagenet/train --resolution 256 --out imagenet256.npz
     accelerate launch evaluate_fid.py sweep --model runs/x --reference imagenet256.npz --guidance 1 1.5 2 --out sweep
 
-The first three are the command `evaluate`, which prints a line per metric and writes a JSON with every setting behind
-it. The commands `reference` and `sweep` have a --help of their own. An evaluation or a sweep that was interrupted goes
-on when the same command is given again.
+All but the last two are the command `evaluate`, which prints a line per value and writes a JSON with every setting
+behind it. The commands `reference` and `sweep` have a --help of their own. An evaluation or a sweep that was
+interrupted goes on when the same command is given again.
 """
 
 import argparse
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from iwin_dit.data.sources import ImageSource
     from iwin_dit.evaluation.evaluator import Evaluator, Measurement
-    from iwin_dit.evaluation.samples import SampledImages, Sampling
+    from iwin_dit.evaluation.samples import Pipeline, SampledImages, Sampling
     from iwin_dit.evaluation.saving import KeptSamples, StoredSamples
     from iwin_dit.evaluation.sweep import Opened
     from iwin_dit.evaluation.videos import VideoFiles
@@ -44,10 +46,11 @@ Result = TypeVar("Result")
 
 COMMANDS = ("evaluate", "reference", "sweep")
 PROTOCOLS = ("adm", "pytorch-fid", "clean")
-DEFAULT_SAMPLES, DIGITS_SAMPLES = 50_000, 500
+DEFAULT_SAMPLES, DEFAULT_CLIPS, DIGITS_SAMPLES = 50_000, 2048, 500
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 3  # the pipeline's, for --help, which has no time to import it
 DEFAULT_CLASSES = 1000
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
+CLIPS = ("i3d", "frames", "stride", "frame_rate", "resolution")
 SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
 
 
@@ -87,10 +90,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--images", type=Path, help="generated images: a folder, a .zip, or an .npz (arr_0)")
     fake.add_argument("--videos", type=Path, help="generated clips: a folder of videos, or of folders of frames")
     _add_measuring(parser)
-    parser.add_argument("--i3d", type=Path, help="TorchScript file of I3D, for fvd")
-    parser.add_argument("--frames", type=int, help="of each clip; default 16")
-    parser.add_argument("--stride", type=int, help="frames of a video from one of the clip to the next; default 1")
-    parser.add_argument("--num-samples", type=int, help="default 50000, for the digits 500; of files: all")
+    parser.add_argument("--num-samples", type=int, help="default 50000, clips 2048, digits 500; of files: all")
     parser.add_argument("--steps", type=int, help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument("--guidance", type=float, help=f"guidance scale, 1: none; default {DEFAULT_GUIDANCE}")
     parser.add_argument(
@@ -100,7 +100,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", help="such as UniPCMultistep or DDIM; default: the pipeline's own")
     _add_sampling(parser)
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--save-images", type=Path, metavar="DIR", help="keep the samples as PNG, and reuse those there")
+    kept.add_argument("--save-images", type=Path, metavar="DIR", help="keep the images as PNG, and reuse those there")
     kept.add_argument("--save-npz", type=Path, metavar="FILE", help="the same in one .npz, as ADM's evaluator reads it")
     parser.add_argument(
         "--out",
@@ -129,7 +129,7 @@ def _add_reference(parser: argparse.ArgumentParser) -> None:
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="models, checkpoint folders among them")
     _add_measuring(parser)
-    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, for the digits 500")
+    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, clips 2048, digits 500")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[], help=f"guidance scales, 1: none; default {DEFAULT_GUIDANCE}"
@@ -150,20 +150,35 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", help="folder, .zip or .npz of images; .npz of statistics; 'digits'")
+    parser.add_argument(
+        "--reference",
+        help="folder, .zip or .npz of images; .npz of statistics; 'digits'; folder of videos; 'moving_digits'",
+    )
     _add_networks(parser)
+    parser.add_argument("--i3d", type=Path, help="TorchScript file of I3D, for fvd")
+    parser.add_argument("--frames", type=int, help="of each clip; default: the model's, of files 16")
+    parser.add_argument(
+        "--stride", type=int, help="frames of a video, or of moving digits, from one of a clip to the next; default 1"
+    )
+    parser.add_argument(
+        "--frame-rate",
+        type=float,
+        help="frames per second at which videos are seen before --stride, as by data.frame_rate of training; default: "
+        "the model's, without --stride; of files their own",
+    )
+    parser.add_argument("--resolution", type=int, help="crop videos to this square, as for training; default: no crop")
 
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         type=lambda text: tuple(part.strip() for part in text.split(",")),
-        help="of fid,sfid,is,kid,pr,fd_dinov2,frechet_digits,fvd; default by what is compared",
+        help="of fid,sfid,is,kid,pr,fd_dinov2,frechet_digits; fvd; moving_digits; default by what is compared",
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="resize and normalisation for Inception; default adm")
     parser.add_argument("--inception-weights", type=Path, help="file, where it is not in torch's cache")
     parser.add_argument("--dinov2", help="folder or Hub id of the network for fd_dinov2")
-    parser.add_argument("--batch-size", type=int, default=50, help="images per process at a time; default 50")
+    parser.add_argument("--batch-size", type=int, default=50, help="images or clips per process at a time; default 50")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -174,20 +189,18 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _check_evaluate(args: argparse.Namespace) -> None:
     source = "--model" if args.model is not None else "--images" if args.images is not None else "--videos"
-    if source != "--model":
+    if source == "--images":
+        _refuse(args, CLIPS, "--images: they are for clips")
+    if source == "--model":
+        _refuse(args, ("resolution",), "--model: real clips are cropped to its size")
+    else:
         _refuse(args, (*SAMPLING, "weights", "save_images", "save_npz"), f"{source}: they are sampled already")
-    if source != "--videos":
-        _refuse(args, ("i3d", "frames", "stride"), f"{source}: they are for --videos")
-    if args.metrics is None and source == "--videos":
-        args.metrics = ("fvd",)
-    _check_measuring(args)
+    _check_measuring(args, {"--model": None, "--images": False, "--videos": True}[source])
+    if source == "--videos":
+        if args.metrics != ("fvd",):
+            raise ValueError(f"--videos have no labels: expected --metrics fvd, got {','.join(args.metrics)}")
+        args.frames, args.stride = args.frames or 16, args.stride or 1
     _check_guidance(args, [] if args.guidance is None else [args.guidance])
-    if ("fvd" in args.metrics) != (source == "--videos"):
-        raise ValueError(f"fvd and no other metric compares --videos, got {','.join(args.metrics)} for {source}")
-    args.frames = 16 if args.frames is None else args.frames
-    args.stride = 1 if args.stride is None else args.stride
-    if min(args.frames, args.stride) < 1:
-        raise ValueError(f"expected --frames and --stride of at least 1, got {args.frames} and {args.stride}")
     if args.save_npz is not None and args.save_npz.suffix != ".npz":
         raise ValueError(f"expected --save-npz to be named .npz, got {args.save_npz}")
     if args.out is None:
@@ -201,9 +214,11 @@ def _check_reference(args: argparse.Namespace) -> None:
     if args.metrics is None:
         args.metrics = ("frechet_digits",) if args.source == "digits" else ("fid", "sfid")
     _check_networks(args)
-    unusual = {"fvd", "is"} & set(args.metrics)
+    unusual = {"fvd", "is", "moving_digits"} & set(args.metrics)
     if unusual:
         raise ValueError(f"no reference file is made for {', '.join(sorted(unusual))}")
+    if args.source == "moving_digits":
+        raise ValueError("no reference file is made of clips: give --reference moving_digits to an evaluation")
     if args.out.suffix != ".npz" or args.resolution < 1 or args.keep_images < 0:
         raise ValueError("expected --out to be named .npz, a positive --resolution and --keep-images of at least 0")
     if args.source == "digits" or Path(args.source).is_dir():
@@ -213,11 +228,10 @@ def _check_reference(args: argparse.Namespace) -> None:
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
-    _check_measuring(args)
+    _refuse(args, ("resolution",), "--model: real clips are cropped to its size")
+    _check_measuring(args, None)
     _check_guidance(args, args.guidance)
     args.guidance_interval = [tuple(interval) for interval in args.guidance_interval]
-    if "fvd" in args.metrics:
-        raise ValueError("fvd compares videos, and models give images")
 
 
 def _check_guidance(args: argparse.Namespace, scales: Sequence[float]) -> None:
@@ -227,23 +241,49 @@ def _check_guidance(args: argparse.Namespace, scales: Sequence[float]) -> None:
         raise ValueError(f"{given} has no meaning with --guidance 1, which turns guidance off")
 
 
-def _check_measuring(args: argparse.Namespace) -> None:
-    """Metrics and reference, each by the other where one is not given; numbers of images."""
-    from iwin_dit.evaluation.suite import needs_reference
+def _check_measuring(args: argparse.Namespace, clips: bool | None) -> None:
+    """Metrics and reference, each by the other where one is not given; what is said of clips; numbers of images.
 
-    if args.metrics is None:
-        args.metrics = ("frechet_digits",) if args.reference in (None, "digits") else ("fid",)
+    Args:
+        args: Of the command line; what the user gave is kept as `given`, for the call that knows the model.
+        clips: Whether clips are measured; None before a model was asked, when all that is said is believed.
+    """
+    from iwin_dit.evaluation.suite import METRICS, needs_reference, of_clips
+
+    if not hasattr(args, "given"):
+        args.given = {name: getattr(args, name) for name in ("metrics", "reference", "protocol")}
+    vars(args).update(args.given)
+    args.metrics = args.metrics or _default_metrics(args, clips)
     _check_networks(args)
+    if clips is not None and clips != of_clips(args.metrics):
+        fitting = [name for name, metric in METRICS.items() if metric.clips == clips]
+        made, given = ("clips", "images")[:: 1 if clips else -1]
+        raise ValueError(
+            f"--metrics {','.join(args.metrics)} is of {given}, to measure are {made}: expected {' or '.join(fitting)}"
+        )
     needing = [name for name in args.metrics if needs_reference(name)]
-    args.reference_given = args.reference is not None
     if args.reference is not None and not needing:
         raise ValueError(f"--reference has no meaning with --metrics {','.join(args.metrics)}")
     if args.reference is None and needing:
-        if needing != ["frechet_digits"]:
+        built_in = {"frechet_digits": "digits", "moving_digits": "moving_digits"}
+        if len(needing) > 1 or needing[0] not in built_in:
             raise ValueError(f"--metrics {','.join(args.metrics)} needs a --reference")
-        args.reference = "digits"
+        args.reference = built_in[needing[0]]
+    if any(getattr(args, name) is not None and getattr(args, name) <= 0 for name in CLIPS[1:]):
+        given = ", ".join(str(getattr(args, name)) for name in CLIPS[1:])
+        raise ValueError(f"expected --frames, --stride, --frame-rate and --resolution above 0, got {given}")
     if args.num_samples is not None and args.num_samples < 2:
         raise ValueError(f"expected --num-samples of at least 2, got {args.num_samples}")
+
+
+def _default_metrics(args: argparse.Namespace, clips: bool | None) -> tuple[str, ...]:
+    """The metric that the rest of the command line speaks of."""
+    if clips is None:
+        clips = args.reference == "moving_digits" or any(getattr(args, name) is not None for name in CLIPS)
+    if not clips:
+        return ("frechet_digits",) if args.reference in (None, "digits") else ("fid",)
+    are_files = getattr(args, "videos", None) is not None or args.reference not in (None, "digits", "moving_digits")
+    return ("fvd",) if are_files or args.i3d is not None else ("moving_digits",)
 
 
 def _check_networks(args: argparse.Namespace) -> None:
@@ -256,6 +296,8 @@ def _check_networks(args: argparse.Namespace) -> None:
         _refuse(args, ("protocol", "inception_weights"), wording)
     if "dinov2" not in {METRICS[name].network for name in args.metrics}:
         _refuse(args, ("dinov2",), wording)
+    if args.command != "reference" and "fvd" not in args.metrics:
+        _refuse(args, ("i3d", "frame_rate") if args.metrics == ("moving_digits",) else CLIPS, wording)
     args.protocol = args.protocol or "adm"
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
@@ -337,7 +379,7 @@ def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Eva
     """Open networks and reference, so that what is missing or broken is refused before the long work."""
     from iwin_dit.evaluation.evaluator import Evaluator, Request
 
-    given = {name: getattr(args, name) for name in ("i3d", "frames", "stride") if hasattr(args, name)}
+    cut = {name: getattr(args, name) for name in CLIPS if getattr(args, name) is not None}
     request = Request(
         args.metrics,
         args.reference,
@@ -345,7 +387,7 @@ def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Eva
         inception_weights=args.inception_weights,
         dinov2=args.dinov2,
         batch_size=args.batch_size,
-        **given,
+        **cut,
     )
     return Evaluator(request, accelerator.device)
 
@@ -365,19 +407,39 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
     pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
-    _check_size(args, [side * pipe.stride for side in pipe.transformer.latent_size])
+    _settle(args, pipe)
     return pipe, about
+
+
+def _settle(args: argparse.Namespace, pipe: "Pipeline") -> None:
+    """Metrics, reference and clips as the model needs them, where the command line does not say; of a sweep its first.
+
+    Real clips are cut as those that the model was trained on: as many frames, at its rate, cropped to its size.
+    """
+    *frames, height, width = pipe.default_size
+    if getattr(args, "clips", bool(frames)) != bool(frames):
+        raise ValueError("expected models that all make images, or all make clips, got both")
+    args.clips = bool(frames)
+    _check_measuring(args, args.clips)
+    _check_size(args, [height, width])
+    if not frames:
+        return
+    args.frames = args.frames or frames[0]
+    if args.metrics == ("fvd",):
+        args.resolution = args.resolution or (height if height == width else None)
+        if args.frame_rate is None and args.stride is None:
+            args.frame_rate = pipe.config.fps
 
 
 def _check_size(args: argparse.Namespace, size: Sequence[int]) -> None:
     """Refuse images that the digits classifier does not take, before it is trained."""
     from iwin_dit.metrics.digits import IMAGE_SIZE
 
-    if "frechet_digits" in args.metrics and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
-        missing = "" if args.reference_given else ": --reference is missing, without which images are taken for digits"
-        raise ValueError(
-            f"frechet_digits takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}"
-        )
+    metric = next((name for name in args.metrics if name in ("frechet_digits", "moving_digits")), None)
+    if metric is not None and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
+        taken = ": --reference is missing, without which images are taken for digits"
+        missing = taken if args.given["reference"] is None else ""
+        raise ValueError(f"{metric} takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}")
 
 
 def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictures | VideoFiles":
@@ -395,12 +457,14 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictur
     """
     from iwin_dit.evaluation.samples import SampledImages
     from iwin_dit.evaluation.saving import SavedArray, SavedImages, StoredSamples, find_settings
-    from iwin_dit.evaluation.videos import VideoFiles
+    from iwin_dit.evaluation.videos import Cut, VideoFiles
     from iwin_dit.metrics import images
 
     if args.model is not None:
         pipe, about = open_pipeline(args.model, args, accelerator)
         samples = SampledImages(pipe, count(args), common_sampling(args), about)
+        if samples.frames is not None:
+            _refuse(args, ("save_images", "save_npz"), f"{args.model}, which makes clips: sample.py writes those")
         if args.save_images is not None:
             return SavedImages(samples, args.save_images)
         return samples if args.save_npz is None else SavedArray(samples, args.save_npz)
@@ -410,7 +474,7 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictur
         files = StoredSamples(found, find_settings(args.images))
         _check_size(args, files.image_size)
     else:
-        files = VideoFiles(args.videos, args.frames, args.stride)
+        files = VideoFiles(args.videos, Cut(args.frames, args.stride, args.frame_rate, args.resolution))
     if args.num_samples not in (None, len(files)):
         place = args.images or args.videos
         raise ValueError(f"expected {args.num_samples} in {place}, as --num-samples says, got {len(files)}")
@@ -418,15 +482,16 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictur
 
 
 def count(args: argparse.Namespace) -> int:
-    """Number of images to sample."""
-    return args.num_samples or (DIGITS_SAMPLES if args.metrics == ("frechet_digits",) else DEFAULT_SAMPLES)
+    """Number of images or clips to sample."""
+    defaults = {("frechet_digits",): DIGITS_SAMPLES, ("moving_digits",): DIGITS_SAMPLES, ("fvd",): DEFAULT_CLIPS}
+    return args.num_samples or defaults.get(args.metrics, DEFAULT_SAMPLES)
 
 
 def common_sampling(args: argparse.Namespace) -> "Sampling":
     """Settings of the samples; for a sweep those that all points have in common."""
     from iwin_dit.evaluation.samples import Sampling
 
-    common = Sampling(labels=args.labels or "balanced", seed=args.seed or 0)
+    common = Sampling(labels=args.labels or "balanced", seed=args.seed or 0, frames=args.frames)
     if args.command == "sweep":
         return common
     given: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "guidance", "guidance_channels")}
@@ -450,7 +515,6 @@ def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     from iwin_dit.evaluation import report
     from iwin_dit.evaluation.partial import Partial
     from iwin_dit.evaluation.saving import KeptSamples, SavedArray
-    from iwin_dit.evaluation.videos import VideoFiles
     from iwin_dit.training.stop import StopRequest
 
     started = time.monotonic()
@@ -458,10 +522,11 @@ def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     folders = [folder] if args.save_npz is None else [folder, SavedArray.folder_of(args.save_npz)]
     with used_alone(accelerator, folders):
         # 1. Open everything, so that what is missing or broken is refused before the long work. The images first:
-        # their size may save the training of a classifier.
+        # they say whether images or clips are measured, and their size may save the training of a classifier.
         images = opened(accelerator, lambda: open_images(args, accelerator))
         evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
-        early = [] if isinstance(images, VideoFiles) else early_warnings(args, evaluator, images)
+        opened(accelerator, lambda: evaluator.check(images))
+        early = early_warnings(args, evaluator, images)
         warn(accelerator, early)
         request = evaluator.request_for(images)
         partial = opened(accelerator, lambda: Partial(folder, request))
@@ -496,12 +561,12 @@ def write_report(
             print(f"{out} had another result, which is {aside} now", file=sys.stderr)
 
 
-def early_warnings(args: argparse.Namespace, evaluator: "Evaluator", images: "Pictures") -> list[str]:
+def early_warnings(args: argparse.Namespace, evaluator: "Evaluator", images: "Pictures | VideoFiles") -> list[str]:
     """What is wrong with the comparison, as far as it is known before the work."""
     from iwin_dit.evaluation import report
 
     about = {"path": args.reference, **evaluator.about_reference()}
-    return report.early_warnings(about, images.image_size, args.protocol)
+    return report.early_warnings(about, images.image_size, args.protocol, getattr(images, "fps", None))
 
 
 def warn(accelerator: "Accelerator", warnings: Sequence[str]) -> None:
@@ -545,9 +610,12 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
     opened(accelerator, prepare)
     with used_alone(accelerator, [args.out / "sweep"]), StopRequest() as stop:
-        if "frechet_digits" in args.metrics:  # whose classifier is trained when the evaluator is opened
-            for model in args.model:
-                opened(accelerator, partial(open_pipeline, model, args, accelerator))
+        # The first model says whether images or clips are measured; and classifiers of digits, which the sizes of all
+        # must fit, are trained when the evaluator is opened.
+        for model in args.model:
+            opened(accelerator, partial(open_pipeline, model, args, accelerator))
+            if not {"frechet_digits", "moving_digits"} & set(args.metrics):
+                break
         evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
         varying = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler")
         points = grid(args.model, common_sampling(args), {name: getattr(args, name) for name in varying})

@@ -25,8 +25,17 @@ from iwin_dit.evaluation.networks import open_networks
 from iwin_dit.evaluation.partial import Partial, differences
 from iwin_dit.evaluation.passes import run_pass
 from iwin_dit.evaluation.real import RealSide
-from iwin_dit.evaluation.suite import METRICS, Real, Side, check_metrics, compute, kept_bytes, reported_names
-from iwin_dit.evaluation.videos import VideoFiles
+from iwin_dit.evaluation.suite import (
+    METRICS,
+    Real,
+    Side,
+    check_metrics,
+    compute,
+    kept_bytes,
+    reported_names,
+    shortfall,
+)
+from iwin_dit.evaluation.videos import Cut, VideoFiles
 from iwin_dit.metrics.digits import DigitsFeatures
 from iwin_dit.metrics.images import ImageTensor
 from iwin_dit.metrics.moments import Gaussian
@@ -406,18 +415,19 @@ def test_references_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
         (statistics_alone, ["fid", "kid", "pr"], "kid and pr compare with real images, and .* has statistics alone"),
         (str(tmp_path / "missing"), ["fid"], "got .*missing: no such file"),
         ("digits", ["fvd"], "expected a folder of clips"),
+        ("moving_digits", ["fid"], "moving_digits compares with itself alone"),
+        ("digits", ["moving_digits"], "moving_digits compares with itself alone"),
     ]
     for name, metrics, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             RealSide(
                 name,
                 metrics,
-                {**NETWORKS, "i3d": NETWORKS["inception"]},
+                {**NETWORKS, "i3d": NETWORKS["inception"], "motion": NETWORKS["inception"]},
                 "cpu",
                 batch_size=5,
                 seed=0,
-                frames=16,
-                stride=1,
+                cut=Cut(),
             )
 
 
@@ -466,14 +476,22 @@ def write_clips(folder: Path) -> Tensor:
     return clips
 
 
-@pytest.mark.parametrize(("frames", "stride"), [(2, 1), (1, 3)])
-def test_clips_cut_otherwise_than_the_reference_are_refused(tmp_path: Path, frames: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (Cut(2, 1), "of 2 frames at stride 3, as the reference's, got 2 frames at stride 1 in"),
+        (Cut(1, 3), "of 2 frames, got 1 in"),
+        (Cut(2, 3, resolution=2), "got 2 frames at stride 3, cropped to 2 x 2 in"),
+        (Cut(2, 3, frame_rate=1.0), "got 2 frames at stride 3 of 1 a second in"),
+    ],
+)
+def test_clips_cut_otherwise_than_the_reference_are_refused(tmp_path: Path, cut: Cut, message: str) -> None:
     write_clips(tmp_path)
     engine = Evaluator(Request(("fvd",), str(tmp_path), frames=2, stride=3), networks={"i3d": Clips()})
-    fake = VideoFiles(tmp_path, frames, stride)
+    fake = VideoFiles(tmp_path, cut)
     for clip in fake.paths:  # which are not read before it is refused
         clip.rename(clip.with_name(f"moved-{clip.name}"))
-    with pytest.raises(ValueError, match=f"2 frames at stride 3, as the reference's, got {frames} at stride {stride}"):
+    with pytest.raises(ValueError, match=f"expected clips .*{message}"):
         engine.measure(fake, progress=False)
 
 
@@ -501,7 +519,23 @@ def test_names() -> None:
     assert reported_names("pr", 50_000) == ("precision", "recall")
     assert reported_names("frechet_digits", 7) == ("frechet_digits",)
     assert reported_names("fvd", 60_000) == ("fvd_60000",)
-    assert [name for name, metric in METRICS.items() if metric.greater_is_better] == ["is", "pr"]
+    assert reported_names("moving_digits", 7) == ("digit_recognition", "digit_displacement", "blank_frames")
+    assert [name for name, metric in METRICS.items() if metric.greater_is_better] == ["is", "pr", "moving_digits"]
+    assert [name for name, metric in METRICS.items() if metric.clips] == ["fvd", "moving_digits"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "reported", "best_first"),
+    [
+        ("fid", "fid_100", (1.0, 2.0)),
+        ("is", "is_100", (2.0, 1.0)),
+        ("moving_digits", "digit_recognition", (0.9, 0.8)),
+        ("moving_digits", "digit_displacement", (1.1, 0.8, 2.0)),
+        ("moving_digits", "blank_frames", (0.0, 0.1)),
+    ],
+)
+def test_which_way_is_up(metric: str, reported: str, best_first: tuple[float, ...]) -> None:
+    assert tuple(sorted(best_first, key=lambda value: shortfall(metric, reported, value))) == best_first
 
 
 @pytest.mark.parametrize(
@@ -510,7 +544,8 @@ def test_names() -> None:
         (["fid", "fud"], "adm", "metrics of fid, sfid, .*, each once, got fid, fud"),
         (["fid", "fid"], "adm", "each once"),
         ([], "adm", "got none"),
-        (["fvd", "fid"], "adm", "expected it alone"),
+        (["fvd", "fid"], "adm", "fvd is of clips, .* expected it alone, got fvd, fid"),
+        (["fvd", "moving_digits"], "adm", "expected it alone"),
         (["sfid"], "clean", "sfid is defined under protocol adm, got 'clean'"),
         (["fid", "pr"], "pytorch-fid", "pr is defined under protocol adm"),
         (["kid"], "bicubic", "protocol adm or pytorch-fid or clean, got 'bicubic'"),
@@ -537,6 +572,9 @@ def test_what_no_metric_uses_is_refused(tmp_path: Path) -> None:
         open_networks(["fvd"], protocol="adm", inception_weights=None, dinov2=None, i3d=None, device="cpu")
     with pytest.raises(ValueError, match="batch_size"):
         Request(("fid",), batch_size=0)
+    for metric in ("fid", "moving_digits"):
+        with pytest.raises(ValueError, match=f"for the files of fvd, got 16 frames .* 8 a second for {metric}"):
+            Request((metric,), frame_rate=8.0)
 
 
 def test_metrics_share_what_they_keep_and_its_size_is_known() -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from iwin_dit.data.images import BrokenImageError
+from iwin_dit.data.clips import ClipSettings, read_clip
+from iwin_dit.data.images import BrokenImageError, centre_crop
 from iwin_dit.data.videos import BrokenVideoError, ClipFacts, frame_paths, list_clips, probe_clip, read_frames
-from iwin_dit.evaluation.videos import VideoFiles
+from iwin_dit.evaluation.videos import Cut, VideoFiles
 from iwin_dit.files import sha256
 from tests.corpus import png_chunk, png_start
 
@@ -38,11 +39,11 @@ def ramp(frames: int, seed: int = 0) -> np.ndarray:
     return np.broadcast_to(colours[:, None, None], (frames, H, W, 3)).copy()
 
 
-def write_video(path: Path, frames: np.ndarray) -> Path:
+def write_video(path: Path, frames: np.ndarray, rate: int = RATE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     codec, pixels, options, _ = CODECS[path.suffix[1:].lower()]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)))
@@ -64,7 +65,7 @@ def write_frames(folder: Path, frames: np.ndarray, name: str = "{}.png") -> Path
 def test_frames_of_every_container(tmp_path: Path, suffix: str) -> None:
     path, frames = tmp_path / f"clip.{suffix}", ramp(20)
     write_video(path, frames)
-    rate = Fraction(RATE) if suffix != "gif" else Fraction(25, 3)  # whose clock ticks in hundredths of a second
+    rate = Fraction(RATE) if suffix != "gif" else Fraction(19, 2) / Fraction("1.19")  # whose clock ticks in 0.01 s
     assert probe_clip(path) == ClipFacts(20, H, W, rate)
     decoded = read_frames(path)
     assert decoded.shape == (20, H, W, 3)
@@ -193,9 +194,10 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no clip")
     write_frames(tmp_path / ".cache", ramp(1))
     assert list_clips(tmp_path) == paths
-    videos = VideoFiles(tmp_path, frames=4, stride=2)
+    videos = VideoFiles(tmp_path, Cut(frames=4, stride=2))
     assert len(videos) == 4
     assert videos.size == (H, W)
+    assert videos.fps is None  # as the folder does not say
     assert videos.name == str(tmp_path)
     assert videos.prefetch
     batch = videos.read([3, 0, 1, 2])
@@ -212,6 +214,10 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
         "n": 4,
         "frames": 4,
         "stride": 2,
+        "frame_rate": None,
+        "resolution": None,
+        "start": "first frame",
+        "fps": None,
         "frames_per_second": [RATE, RATE],
         "image_size": [H, W],
         "stored_as": {".mkv": 3, "frames": 1},
@@ -221,13 +227,16 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
 
 
 def test_the_record_has_the_slowest_and_the_fastest_frame_rate(tmp_path: Path) -> None:
-    for seed, name in enumerate(("a/0.mkv", "a/1.gif", "b/0", "b/1")):
-        if "." in name:
-            write_video(tmp_path / name, ramp(3, seed))
+    for seed, (name, rate) in enumerate({"a/0.mkv": 8, "a/1.avi": 10, "b/0": 0, "b/1": 0, "c/0.avi": 8}.items()):
+        if rate:
+            write_video(tmp_path / name, ramp(3, seed), rate)
         else:
             write_frames(tmp_path / name, ramp(3, seed))
-    assert VideoFiles(tmp_path, frames=3).record()["frames_per_second"] == pytest.approx([8, 25 / 3])
-    assert VideoFiles(tmp_path / "b", frames=3).record()["frames_per_second"] is None
+    write_video(tmp_path / "c" / "1.mkv", ramp(3), 8)
+    for folder, rates, fps in (("", [8, 10], None), ("b", None, None), ("c", [8, 8], 4)):
+        videos = VideoFiles(tmp_path / folder, Cut(frames=2, stride=2))
+        assert videos.record()["frames_per_second"] == (rates and pytest.approx(rates, rel=1e-2))
+        assert videos.fps == videos.record()["fps"] == (fps and pytest.approx(fps, rel=1e-2))
 
 
 def test_links_are_followed_to_clips_and_hidden_folders_are_not_searched(tmp_path: Path) -> None:
@@ -238,14 +247,14 @@ def test_links_are_followed_to_clips_and_hidden_folders_are_not_searched(tmp_pat
     (root / "linked").symlink_to(elsewhere, target_is_directory=True)
     (elsewhere / "back").symlink_to(root, target_is_directory=True)
     assert list_clips(root) == [root / "linked" / "0", root / "linked" / "1.mkv"]
-    assert len(VideoFiles(root, frames=3)) == 2
+    assert len(VideoFiles(root, Cut(frames=3))) == 2
 
 
 def test_copies_of_clips_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i, seed in enumerate((0, 1, 0)):
         write_frames(tmp_path / str(i), ramp(3, seed))
     with caplog.at_level(logging.WARNING):
-        assert VideoFiles(tmp_path, frames=3).record()["duplicates"] == 1
+        assert VideoFiles(tmp_path, Cut(frames=3)).record()["duplicates"] == 1
     assert "1 of 3 images repeat another one" in caplog.text
 
 
@@ -254,18 +263,43 @@ def test_folders_of_clips_that_cannot_count_are_refused(tmp_path: Path) -> None:
         VideoFiles(tmp_path / "missing")
     write_video(tmp_path / "0.avi", ramp(9))
     with pytest.raises(ValueError, match=r"at least 2 clips .* got 1"):
-        VideoFiles(tmp_path, frames=9)
+        VideoFiles(tmp_path, Cut(frames=9))
     write_frames(tmp_path / "1", ramp(7))
-    assert len(VideoFiles(tmp_path, frames=7)) == 2
-    with pytest.raises(ValueError, match=r"at least 9 frames \(5 at stride 2\) .* 1 of 2 have fewer:\n  .*1: 7"):
-        VideoFiles(tmp_path, frames=5, stride=2)
-    with pytest.raises(ValueError, match="at least 1 frame and a stride of at least 1, got 0 and 1"):
-        VideoFiles(tmp_path, frames=0)
+    assert len(VideoFiles(tmp_path, Cut(frames=7))) == 2
+    short = r"5 frames at stride 2 in every clip .* 1 of 2 cannot be cut so:\n  .*1 is too short: .* 9 frames, got 7"
+    with pytest.raises(ValueError, match=short):
+        VideoFiles(tmp_path, Cut(frames=5, stride=2))
     write_frames(tmp_path / "2", ramp(9)[:, :16])
     with pytest.raises(ValueError, match=r"one size in .*, got 2 of 32 x 48, 1 of 16 x 48"):
-        VideoFiles(tmp_path, frames=7)
+        VideoFiles(tmp_path, Cut(frames=7))
     write_video(tmp_path / "1" / "also.avi", ramp(9))
     with pytest.raises(ValueError, match=r"the frames of one clip in .*1, got both"):
-        VideoFiles(tmp_path, frames=7)
+        VideoFiles(tmp_path, Cut(frames=7))
     with pytest.raises(ValueError, match=r"expected clips in .*2, got images"):
-        VideoFiles(tmp_path / "2", frames=7)
+        VideoFiles(tmp_path / "2", Cut(frames=7))
+
+
+@pytest.mark.parametrize("wrong", [{"frames": 0}, {"stride": 0}, {"resolution": -1}, {"frame_rate": 0.0}])
+def test_cuts_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="of at least 1 and a frame rate above 0, got "):
+        Cut(**wrong)
+
+
+def test_with_a_frame_rate_clips_are_those_of_training(tmp_path: Path) -> None:
+    """Every other frame of a video twice as fast, every frame of a folder; the middle; cropped; sizes may differ."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 13, H, W, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mkv", noise[0], rate=16)
+    write_frames(tmp_path / "b", noise[1][:, :, :40])
+    videos = VideoFiles(tmp_path, Cut(frames=3, stride=2, frame_rate=8.0, resolution=16))
+    assert videos.size == (16, 16)
+    assert videos.fps == videos.record()["fps"] == 4
+    assert videos.record()["start"].startswith("middle")
+    found = videos.read([0, 1]).permute(0, 1, 3, 4, 2).numpy()
+    # Of 7 frames at 8 a second the clip takes 5, from the second; of 13 from the fifth.
+    chosen = noise[0][2:11:4], noise[1][4:9:2, :, :40]
+    for path, clip, frames in zip(videos.paths, found, chosen, strict=True):
+        assert np.array_equal(clip, [np.asarray(centre_crop(Image.fromarray(frame), 16)) for frame in frames])
+        trained = read_clip(path, ClipSettings(frames=3, frame_rate=8.0, frame_stride=2))
+        assert np.array_equal(frames, [np.asarray(frame) for frame in trained])
+    with pytest.raises(ValueError, match=r"1 of 2 cannot be cut so:\n  .*a.mkv has 16 frames per second, expected"):
+        VideoFiles(tmp_path, Cut(frames=3, frame_rate=20.0, resolution=16))

@@ -7,7 +7,7 @@ generated images come from, nor how results are written or printed.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..metrics.digits import NUM_CLASSES
 from ..metrics.images import ImageSet
 from ..metrics.inputs import exact_float32
 from ..metrics.network import FeatureNetwork
@@ -25,7 +26,8 @@ from .networks import open_networks
 from .partial import Partial
 from .passes import EvaluationError, never, on_main, run_pass
 from .real import RealSide
-from .suite import METRICS, Side, check_libraries, check_metrics, compute, kept_bytes, uses_protocol
+from .suite import METRICS, Side, check_libraries, check_metrics, compute, kept_bytes, of_clips, uses_protocol
+from .videos import Cut
 
 __all__ = ["EvaluationError", "Evaluator", "Measurement", "Request"]
 
@@ -38,14 +40,16 @@ class Request:
 
     Attributes:
         metrics: Keys of `suite.METRICS`.
-        reference: "digits"; a folder, a .zip or an .npz of images; a reference .npz; for fvd a folder of clips. None
-            where no metric needs one.
+        reference: "digits"; a folder, a .zip or an .npz of images; a reference .npz; for fvd a folder of clips; for
+            moving_digits "moving_digits". None where no metric needs one.
         protocol: Of the Inception network.
         inception_weights: Their file, where it is not in torch's cache.
         dinov2: Folder or Hub id of DINOv2, where it is not the usual one.
         i3d: TorchScript file of I3D, for fvd.
-        frames: Frames of a reference clip.
-        stride: Frames of the file from one of those to the next.
+        frames: Frames of a clip, on both sides.
+        stride: Frames of a reference's file from one of those to the next.
+        frame_rate: Frames per second at which those files are seen before, see `videos.Cut`.
+        resolution: Side of the square that their frames are cropped to as for training.
         batch_size: Images per process at a time.
         seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, and
             of the split that gives the floor.
@@ -64,14 +68,24 @@ class Request:
     stride: int = 1
     batch_size: int = 50
     seed: int = 0
+    frame_rate: float | None = None
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, self.protocol)
-        if min(self.batch_size, self.frames, self.stride) < 1 or not 0 <= self.seed < 2**32:
+        if self.batch_size < 1 or not 0 <= self.seed < 2**32:
             raise ValueError(
-                f"expected batch_size, frames and stride of at least 1 and a seed in [0, 2^32), got {self.batch_size}, "
-                f"{self.frames}, {self.stride} and {self.seed}"
+                f"expected a batch_size of at least 1 and a seed in [0, 2^32), got {self.batch_size} and {self.seed}"
             )
+        if self.cut != Cut(self.frames, self.stride) and self.metrics != ("fvd",):
+            raise ValueError(
+                f"a frame rate and a resolution are for the files of fvd, got {self.cut} for {', '.join(self.metrics)}"
+            )
+
+    @property
+    def cut(self) -> Cut:
+        """How clips are cut out of the files of the reference."""
+        return Cut(self.frames, self.stride, self.frame_rate, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,9 @@ class Measurement:
             clamped at 0, and, where it is known, `floor` with the `value` that `n` real images score `against` so many
             others. Of `is`: `chunk`, the images of each, and `chunks`; where there are several, `std` over them. Of
             `kid`: `std` over `subsets` of `subset_size`, and their `seed`. Of precision and recall: `neighbours`, and
-            `n_real`, the real images that they compare with.
+            `n_real`, the real images that they compare with. Of moving_digits: `floor`, the share of `n` real clips'
+            frames, the recognition `by_class`, and the medians that the displacement is the ratio of, `pixels` and
+            `real_pixels`.
         n_fake: Generated images.
         n_real: Real images; None where there are none, or the file of their statistics does not say.
         seconds: Time that this attempt took for its part of the generated images.
@@ -108,11 +124,27 @@ class Requested(Protocol):
 
 
 @runtime_checkable
-class Clips(Protocol):
-    """Clips that were cut out of files: `frames` frames of each, `stride` apart."""
+class Framed(Protocol):
+    """Sets that know how many frames a clip has, or that they are images: None."""
 
-    frames: int
-    stride: int
+    @property
+    def frames(self) -> int | None:
+        """T."""
+
+
+@runtime_checkable
+class FromFiles(Protocol):
+    """Clips that were cut out of files."""
+
+    cut: Cut
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """Sets that know what each image or clip should show."""
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """Classes of some of them."""
 
 
 class Evaluator:
@@ -151,6 +183,7 @@ class Evaluator:
                 inception_weights=request.inception_weights,
                 dinov2=request.dinov2,
                 i3d=request.i3d,
+                frames=request.frames,
                 device=self._device,
             )
         self.networks = networks
@@ -161,8 +194,7 @@ class Evaluator:
             self._device,
             batch_size=request.batch_size,
             seed=request.seed,
-            frames=request.frames,
-            stride=request.stride,
+            cut=request.cut,
         )
 
     def request_for(self, images: ImageSet) -> dict[str, Any]:
@@ -260,14 +292,12 @@ class Evaluator:
             The same on every process; None if it was stopped.
 
         Raises:
-            ValueError: There are fewer than two images, or they are clips of other frames than the reference's.
+            ValueError: They are not what the metrics are of, see `check`.
             EvaluationError: A process failed. All raise it, with rank and cause in the text, and on that process the
                 error is its cause. A single process raises its error as it is.
         """
         n = len(images)
-        if n < 2:
-            raise ValueError(f"expected at least 2 generated images, got {n}")
-        self._check_frames(images)
+        self.check(images)
         if any(METRICS[name].kind in ("kid", "pr") for name in self.request.metrics):
             logger.info("kid and pr keep features: %.0f MB on every process", self.kept_bytes(n) / 1e6)
         with exact_float32(self._device):
@@ -283,16 +313,39 @@ class Evaluator:
                 torch.cuda.synchronize(self._device)
             return self._conclude(side, images, partial, len(pending), time.perf_counter() - started)
 
-    def _check_frames(self, images: ImageSet) -> None:
-        """Refuse clips that were cut otherwise than those of the reference."""
-        if "fvd" not in self.request.metrics or not isinstance(images, Clips):
-            return
-        frames, stride = self.request.frames, self.request.stride
-        if (images.frames, images.stride) != (frames, stride):
-            raise ValueError(
-                f"expected clips of {frames} frames at stride {stride}, as the reference's, got {images.frames} at "
-                f"stride {images.stride} in {images.name}"
-            )
+    def check(self, images: ImageSet) -> None:
+        """Refuse a set that the metrics are not of, before any work; `measure` does it, too.
+
+        Args:
+            images: The generated images or clips.
+
+        Raises:
+            ValueError: There are fewer than two, they are clips in place of images or the other way round, clips of
+                other frames than the reference's, or a metric needs their labels and they have none or others.
+        """
+        metrics, wanted = ", ".join(self.request.metrics), self.request.cut
+        if len(images) < 2:
+            raise ValueError(f"expected at least 2 generated images, got {len(images)}")
+        if isinstance(images, Framed):
+            if (images.frames is not None) != of_clips(self.request.metrics):
+                kinds = ("images", "clips") if images.frames is not None else ("clips", "images")
+                raise ValueError(f"{metrics} is of {kinds[0]}, got {kinds[1]}: {images.name}")
+            if images.frames not in (None, wanted.frames):
+                raise ValueError(f"expected clips of {wanted.frames} frames, got {images.frames} in {images.name}")
+        if isinstance(images, FromFiles) and images.cut != wanted:
+            raise ValueError(f"expected clips of {wanted}, as the reference's, got {images.cut} in {images.name}")
+        if self._needs_labels:
+            if not isinstance(images, Labelled):
+                raise ValueError(
+                    f"{metrics} asks whether a clip shows its label: expected samples of a model, got {images.name}, "
+                    "which has no labels"
+                )
+            if (largest := max(images.labels(range(len(images))))) >= NUM_CLASSES:
+                raise ValueError(f"{metrics} knows the classes 0 to {NUM_CLASSES - 1}, got clips of class {largest}")
+
+    @property
+    def _needs_labels(self) -> bool:
+        return any(METRICS[name].kind == "motion" for name in self.request.metrics)
 
     def _describe(self) -> dict[str, Any]:
         """What values depend on besides the images and the reference."""
@@ -373,7 +426,8 @@ class Evaluator:
                     del state  # before the next one is read
 
         def measured() -> Measurement:
-            values = compute(self.request.metrics, side, self._real.real, seed=self.request.seed)
+            labels = images.labels(range(len(images))) if isinstance(images, Labelled) and self._needs_labels else ()
+            values = compute(self.request.metrics, side, self._real.real, seed=self.request.seed, labels=labels)
             speed = seen / seconds if seen else 0.0
             record = self._record(images, side.count - seen, seconds, speed)
             return Measurement(values, side.count, self._real.count, seconds, speed, record)

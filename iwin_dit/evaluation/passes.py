@@ -143,7 +143,7 @@ def run_pass(
         total=len(images),
         initial=len(images) - len(pending),
         desc=label,
-        unit="img",
+        unit="img" if getattr(images, "frames", None) is None else "clip",
         disable=not progress or rank() > 0,
     )
     with bar:

@@ -6,6 +6,7 @@ images but for their number.
 Letters: D features.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..data.digits import Digits
-from ..data.sources import keyed_permutation
+from ..data.moving_digits import DEFAULT_CLIPS, MovingDigits
+from ..data.sources import keyed_permutation, split_indices
 from ..files import sha256
 from ..metrics.images import ImageSet, ImageTensor, open_images
 from ..metrics.moments import Gaussian
@@ -24,12 +26,14 @@ from ..metrics.network import FeatureNetwork
 from ..metrics.npz import array_names, open_archive
 from ..metrics.processes import rank
 from ..metrics.reference import REFERENCE_KEYS, Reference, load_reference
+from .networks import HOLDOUT, SPLIT_SEED
 from .passes import run_pass, together
 from .suite import FULL_COUNT, METRICS, REAL_KEPT, Real, Side, distance, extract, needs_reference
-from .videos import VideoFiles
+from .videos import Cut, VideoFiles
 
 logger = logging.getLogger(__name__)
 
+BUILT_IN = ("digits", "moving_digits")  # references that are no file
 _KEPT_STREAM = 1  # of the seed: another draw than the split's
 
 
@@ -37,16 +41,15 @@ class RealSide:
     """The reference of an evaluation.
 
     Args:
-        name: "digits"; a folder, a .zip or an .npz of images; an .npz of statistics; for fvd a folder of clips. None
-            where no metric needs one.
+        name: "digits"; a folder, a .zip or an .npz of images; an .npz of statistics; for fvd a folder of clips; for
+            moving_digits "moving_digits". None where no metric needs one.
         metrics: Keys of `METRICS`.
         networks: The networks of the metrics, by name.
         device: Where the networks are.
         batch_size: Images per process at a time.
         seed: Of the split by which the floor is measured, and of the images that KID, precision and recall compare
             with where there are more than 10,000.
-        frames: Of clips.
-        stride: Of clips.
+        cut: How clips are cut out of files, and out of the moving digits.
 
     Attributes:
         images: Those to be measured; None where the statistics are all there is to it.
@@ -66,8 +69,7 @@ class RealSide:
         *,
         batch_size: int,
         seed: int,
-        frames: int,
-        stride: int,
+        cut: Cut,
     ) -> None:
         self.name, self._device, self._batch_size, self._seed = name, device, batch_size, seed
         self._networks = {METRICS[metric].network: networks[METRICS[metric].network] for metric in metrics}
@@ -82,14 +84,19 @@ class RealSide:
             return
         if name is None:
             raise ValueError(f"{', '.join(needing)} compare with real images: expected a reference, got none")
-        if name != "digits" and not Path(name).exists():
+        if name not in BUILT_IN and not Path(name).exists():
             raise FileNotFoundError(
-                f"expected 'digits', a folder, a .zip or an .npz as reference, got {name}: no such file"
+                f"expected {', '.join(map(repr, BUILT_IN))}, a folder, a .zip or an .npz as reference, got {name}: no "
+                "such file"
             )
-        if "fvd" in needing:
-            if not Path(name).is_dir():
+        if name == "moving_digits" or "moving_digits" in needing:
+            if (name, needing) != ("moving_digits", ["moving_digits"]):
+                raise ValueError(f"moving_digits compares with itself alone, got reference {name} for {needing}")
+            self.images = moving_digits(cut)
+        elif "fvd" in needing:
+            if name in BUILT_IN or not Path(name).is_dir():
                 raise ValueError(f"fvd compares clips: expected a folder of clips as reference, got {name}")
-            self.images = VideoFiles(Path(name), frames, stride)
+            self.images = VideoFiles(Path(name), cut)
         elif _has_statistics(name):
             self.statistics, self.images = self._open_statistics(Path(name))
         else:
@@ -166,6 +173,8 @@ class RealSide:
         """
         size = getattr(self.images, "size", None)  # which is no part of an image set, but all references have it
         known = {"n": self.count, "image_size": None if size is None else list(size)}
+        fps = getattr(self.images, "fps", None)  # likewise, of clips
+        known |= {} if fps is None else {"fps": fps}
         if self.statistics is None:
             return {"kind": None if self.images is None else "images", **known, "protocol": None}
         provenance = self.statistics.provenance or {}
@@ -227,7 +236,7 @@ class RealSide:
     ) -> bool:
         """Add this process's share of the images to the tables, and each to one of the sides: seeded choices."""
         total, n = len(images), sides[1].count
-        kept = np.sort(keyed_permutation(total, self._seed, _KEPT_STREAM)[: tables.count])
+        kept = self._kept()
         order = keyed_permutation(total, self._seed)[: n + sides[0].count]
         shares = []  # of each side: the places of the images in it, -1 of those that are not
         for side, members in ((tables, kept), (sides[1], np.sort(order[:n])), (sides[0], np.sort(order[n:]))):
@@ -254,12 +263,18 @@ class RealSide:
             progress=progress,
         )
 
+    def _kept(self) -> np.ndarray:
+        """Which images KID, precision and recall, and moving_digits compare with, ascending."""
+        order = keyed_permutation(len(self.images or ()), self._seed, _KEPT_STREAM)
+        return np.sort(order[: self._n_kept or 0])
+
     def _finish(self, sides: Sequence[Side], tables: Side) -> Real:
         """Check that all images came, measure the floor, and merge both parts."""
         found = self._from_statistics()
         paired = {metric: tables.table(metric) for metric in self._paired}
         if self.statistics is not None:
             return Real(found.gaussians, paired, found.floors)
+        labels = self.images.labels(self._kept().tolist()) if isinstance(self.images, LabelledClips) else ()
         for side in sides:
             side.check_complete()
         rest, apart = sides
@@ -272,7 +287,7 @@ class RealSide:
                 floors[metric] = {"value": value, "n": apart.count, "against": rest.count}
                 ddof = int(METRICS[metric].unbiased)
                 gaussians[metric] = _merge(gaussians[metric], rest.count, other, apart.count, ddof)
-        return Real(gaussians, paired, floors)
+        return Real(gaussians, paired, floors, labels)
 
     def _identify(self) -> dict[str, Any]:
         images = None if self.images is None else self.images.record()
@@ -289,7 +304,7 @@ class RealSide:
 
     @property
     def _n_kept(self) -> int | None:
-        """Number of images that KID, precision and recall compare with; None where no metric does."""
+        """Number of images that others than Frechet distances compare with; None where no metric does."""
         return min(len(self.images), REAL_KEPT) if self._paired and self.images is not None else None
 
 
@@ -297,6 +312,50 @@ def digits() -> ImageTensor:
     """The built-in digits, all of them."""
     source = Digits()
     return ImageTensor(torch.stack([source[i] for i in range(len(source))]), "digits")
+
+
+class LabelledClips(ImageTensor):
+    """Clips of moving digits, in memory, with their labels.
+
+    Args:
+        clips: `(N, T, 3, H, W)` uint8.
+        labels: Class of each, N of them.
+        stride: Frames of the motion from one of a clip to the next.
+    """
+
+    def __init__(self, clips: Tensor, labels: Sequence[int], stride: int) -> None:
+        super().__init__(clips, "moving_digits")
+        self.frames, self._labels, self._stride = clips.shape[1], labels, stride
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """Classes of some of the clips.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            A class each.
+        """
+        return [self._labels[index] for index in indices]
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the set: pixels, labels and how it was made."""
+        return {**super().record(), "frames": self.frames, "stride": self._stride, "digits": "held out"}
+
+
+def moving_digits(cut: Cut) -> LabelledClips:
+    """The built-in moving digits, those whose digits the metric's classifier has not seen.
+
+    Args:
+        cut: Number of frames and stride.
+
+    Returns:
+        A clip of each held-out digit.
+    """
+    source = MovingDigits(clips=dataclasses.replace(DEFAULT_CLIPS, frames=cut.frames, frame_stride=cut.stride))
+    indices = split_indices(source.labels, HOLDOUT, SPLIT_SEED)[1].tolist()
+    clips = torch.stack([source[i] for i in indices])
+    return LabelledClips(clips, [source.labels[i] for i in indices], cut.stride)
 
 
 def _merge(first: Gaussian, n: int, second: Gaussian, m: int, ddof: int) -> Gaussian:
@@ -313,7 +372,7 @@ def _merge(first: Gaussian, n: int, second: Gaussian, m: int, ddof: int) -> Gaus
 
 def _has_statistics(name: str) -> bool:
     """Whether a reference is an .npz with mean or covariance of some features, and not one of images alone."""
-    if name == "digits" or Path(name).suffix.lower() != ".npz":
+    if name in BUILT_IN or Path(name).suffix.lower() != ".npz":
         return False
     known = {key for pair in REFERENCE_KEYS.values() for key in pair}
     with open_archive(Path(name)) as archive:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..data.images import EXTENSIONS, BrokenImageError, centre_crop, read_image
@@ -358,7 +359,9 @@ class _Scan:
                     self.check_broken()
 
     def _pixels(self, sample: Sample) -> np.ndarray:
-        return np.array(centre_crop(sample.read(), self.resolution))
+        image = sample.read()
+        assert isinstance(image, Image.Image)  # a source that was opened without clips has none
+        return np.array(centre_crop(image, self.resolution))
 
     @torch.no_grad()
     def _measure(self, batch: list[_Image]) -> None:

@@ -13,6 +13,7 @@ from ..files import write_json
 from ..metrics.result import environment
 from .evaluator import Measurement
 from .suite import CHUNK, FULL_COUNT, METRICS, REAL_KEPT, needs_reference, reported_names
+from .videos import same_rate
 
 _FEW_FOR_KID = 2000  # images, of which its subsets of 1000 are nearly all
 
@@ -60,7 +61,7 @@ def lines(measurement: Measurement, name: str, path: Path) -> list[str]:
         A line per value.
     """
     return [
-        f"{reported} ({_settings(measurement, metric, name)}): {_value(measurement, entry)}   [{path}]"
+        f"{reported} ({_settings(measurement, metric, name)}): {_value(measurement, metric, entry)}   [{path}]"
         for reported, metric, entry in _reported(measurement)
     ]
 
@@ -75,18 +76,23 @@ def warnings(measurement: Measurement) -> list[str]:
         A sentence each.
     """
     reference, generated = measurement.record["reference"], measurement.record["generated"]
-    sizes = early_warnings(reference or {}, generated["image_size"], measurement.record["protocol"])
+    sizes = early_warnings(
+        reference or {}, generated["image_size"], measurement.record["protocol"], generated.get("fps")
+    )
     about_counts = (_about_counts, _about_real_counts, _about_chunks)
     return [*(line for about in about_counts for line in about(measurement)), *sizes, *_about_values(measurement)]
 
 
-def early_warnings(reference: Mapping[str, Any], image_size: Sequence[int], protocol: str | None) -> list[str]:
+def early_warnings(
+    reference: Mapping[str, Any], image_size: Sequence[int], protocol: str | None, fps: float | None = None
+) -> list[str]:
     """Say what the two sides may not have in common, which is known before the work.
 
     Args:
-        reference: Its `path`, `image_size` and `protocol`, as far as they are known.
+        reference: Its `path`, `image_size`, `protocol` and `fps`, as far as they are known.
         image_size: Of the generated images, height and width.
         protocol: By which they are measured.
+        fps: Frames per second of generated clips, where it is known.
 
     Returns:
         A sentence each, as `warnings` has them too.
@@ -95,6 +101,12 @@ def early_warnings(reference: Mapping[str, Any], image_size: Sequence[int], prot
     if size is not None and list(size) != list(image_size):
         found.append(
             f"the reference images are {list(size)}, the generated ones {list(image_size)} pixels (height, width)"
+        )
+    real_fps = reference.get("fps")
+    if fps is not None and real_fps is not None and not same_rate(fps, real_fps):
+        found.append(
+            f"the reference's clips have {real_fps:.4g} frames per second, the generated ones {fps:.4g}: motion is "
+            "compared at two speeds"
         )
     if reference.get("protocol") == "not stated":
         found.append(f"{reference['path']} does not say by which protocol it was made; it is taken for {protocol!r}")
@@ -130,13 +142,17 @@ def _settings(measurement: Measurement, metric: str, name: str) -> str:
     return ", ".join([samples, *([f"protocol {protocol}"] if METRICS[metric].protocols else []), name])
 
 
-def _value(measurement: Measurement, entry: dict[str, Any]) -> str:
+def _value(measurement: Measurement, metric: str, entry: dict[str, Any]) -> str:
     text = f"{entry['value']:.5g}"
     if "std" in entry:
         text += f" (standard deviation {entry['std']:.2g})"
+    if "pixels" in entry:
+        text += f" of the real clips', {entry['pixels']:.3g} to {entry['real_pixels']:.3g} pixels a frame"
     if "floor" in entry:
-        floor, real = entry["floor"], "digits" if measurement.record["reference"]["path"] == "digits" else "images"
-        text += f"; {floor['n']} real {real} against the other {floor['against']} score {floor['value']:.2g}"
+        floor, kind = entry["floor"], "clips" if METRICS[metric].clips else "images"
+        real = "digits" if measurement.record["reference"]["path"] == "digits" else kind
+        others = f" against the other {floor['against']}" if "against" in floor else ""
+        text += f"; {floor['n']} real {real}{others} score {floor['value']:.{2 if others else 3}g}"
     return text
 
 

@@ -1,9 +1,9 @@
 """A pipeline as a set of images that are sampled when they are read: image i depends on its index and the seed alone.
 
-Owns labels, noise, sampler settings and rounding of the samples that are scored, and the record of them. Must not know
-metrics, or where images and results are kept.
+Owns labels, noise, sampler settings and rounding of the samples that are scored, and the record of them; for a video
+pipeline an image is a clip. Must not know metrics, or where images and results are kept.
 
-Letters: B batch, H W image axes.
+Letters: B batch, T frames, H W image axes.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..pipelines import IwinDiTPipeline
+from ..pipelines import IwinDiTPipeline, IwinDiTVideoPipeline
 
+Pipeline = IwinDiTPipeline | IwinDiTVideoPipeline
 Labels = Literal["balanced", "random"]
 
 # Names for --scheduler, which are diffusers' without "Scheduler", by what the model was trained to predict. DEIS is
@@ -48,9 +49,10 @@ class Sampling:
         labels: "balanced": image i has class i mod the number of classes; "random": a class drawn by (seed, i), as
             DiT's published samples had.
         seed: In [0, 4096); the noise of image i comes from `generator_seed(seed, i)`.
+        frames: Of a clip; only for a video pipeline.
 
     Raises:
-        ValueError: If `labels` is another word, or the seed is out of range.
+        ValueError: If `labels` is another word, or the seed or the number of frames is out of range.
     """
 
     steps: int | None = None
@@ -60,16 +62,19 @@ class Sampling:
     scheduler: str | None = None
     labels: Labels = "balanced"
     seed: int = 0
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in get_args(Labels):
             raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, got {self.labels!r}")
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"the seed must be at least 0 and less than {MAX_SEED}, got {self.seed}")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"a clip must have at least 1 frame, got {self.frames}")
 
 
 class SampledImages:
-    """Images of a pipeline, an `ImageSet`; the pipeline keeps its own scheduler, its progress bar is switched off.
+    """Images or clips of a pipeline, an `ImageSet`; it keeps its own scheduler, its progress bar is switched off.
 
     Args:
         pipe: Samples the images, on the device and in the precision that it has; settings stay as they are now.
@@ -82,15 +87,17 @@ class SampledImages:
         prefetch: False: sampling is the work of the device that also measures the images.
         settings: Arguments of the pipeline's call, its own defaults as values.
         image_size: Height and width in pixels.
+        frames: T; None of images.
+        fps: Frames per second of the clips that the model was trained on; None of images.
 
     Raises:
         ValueError: If the pipeline makes no images, the scheduler does not fit the model or the steps, or a setting is
-            out of range.
+            out of range or for clips alone.
     """
 
     prefetch = False
 
-    def __init__(self, pipe: IwinDiTPipeline, count: int, sampling: Sampling, about: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Pipeline, count: int, sampling: Sampling, about: Mapping[str, Any]) -> None:
         if pipe.codec is None:
             raise ValueError("the pipeline has no VAE, so there are latents but no images to score: add a VAE to it")
         if count > MAX_COUNT:
@@ -98,13 +105,19 @@ class SampledImages:
         self.pipe, self.count, self.sampling, self.about = pipe, count, sampling, dict(about)
         self.num_classes: int = pipe.transformer.config.num_classes
         self.settings = _call_settings(pipe, sampling)
-        self.image_size = [side * pipe.stride for side in pipe.transformer.latent_size]
+        *frames, height, width = pipe.default_size
+        if sampling.frames is not None and not frames:
+            raise ValueError(f"frames are for video pipelines alone, got {sampling.frames} for {type(pipe).__name__}")
+        self.image_size = [height, width]
+        self.frames: int | None = sampling.frames or next(iter(frames), None)
+        self.fps: float | None = pipe.config.fps if frames else None
         self.scheduler = build_scheduler(pipe, sampling.scheduler)
         self._vae = {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()}  # of the weights in `dtype`
         pipe.set_progress_bar_config(disable=True)
-        (height, width), (steps, scale, interval, channels) = self.image_size, self.settings.values()
+        size = (height, width) if self.frames is None else (self.frames, height, width)
+        steps, scale, interval, channels = self.settings.values()
         with self._scheduler_in_use():
-            pipe.check_inputs(height, width, steps, None, scale, interval, channels, 1, "pt", ())
+            pipe.check_inputs(size, steps, None, scale, interval, channels, 1, "pt", ())
             self._timesteps = pipe.set_timesteps(steps, None).tolist()
         sigmas = getattr(self.scheduler, "sigmas", None)  # DDPM and DDIM have none
         self._sigmas = None if sigmas is None else sigmas.tolist()
@@ -120,17 +133,18 @@ class SampledImages:
             indices: Which ones, B of them.
 
         Returns:
-            `(B, 3, H, W)` uint8 on the pipeline's device.
+            `(B, 3, H, W)` uint8 on the pipeline's device, clips `(B, T, 3, H, W)`.
 
         Raises:
             FloatingPointError: If the latents or pixels of one are not finite.
         """
         # Noise from the CPU, so that every device starts from the same.
         generators = [torch.Generator().manual_seed(generator_seed(self.sampling.seed, i)) for i in indices]
+        arguments = {**self.settings, "generator": generators, "output_type": "pt", "return_dict": False}
+        if self.frames is not None:
+            arguments["num_frames"] = self.frames
         with self._scheduler_in_use():
-            (images,) = self.pipe(
-                self.labels(indices), **self.settings, generator=generators, output_type="pt", return_dict=False
-            )
+            (images,) = self.pipe(self.labels(indices), **arguments)
         return to_uint8(images)
 
     def labels(self, indices: Sequence[int]) -> list[int]:
@@ -157,6 +171,7 @@ class SampledImages:
         request = {
             **{key: value for key, value in self.about.items() if key != "path"},
             "image_size": self.image_size,
+            **({} if self.frames is None else {"frames": self.frames, "fps": self.fps}),
             "transformer": {key: value for key, value in model.items() if not key.startswith("_")},
             "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
             "vae": self._vae,
@@ -227,7 +242,7 @@ def generator_seed(seed: int, index: int) -> int:
     return seed * MAX_COUNT + index
 
 
-def build_scheduler(pipe: IwinDiTPipeline, name: str | None) -> SchedulerMixin:
+def build_scheduler(pipe: Pipeline, name: str | None) -> SchedulerMixin:
     """Build a scheduler by name, set up for the pipeline's model.
 
     Args:
@@ -277,10 +292,10 @@ def to_uint8(images: Tensor) -> Tensor:
     """Round images as saving them to PNG would.
 
     Args:
-        images: `(B, 3, H, W)` floating point in [0, 1].
+        images: `(B, 3, H, W)` floating point in [0, 1], or clips `(B, T, 3, H, W)`.
 
     Returns:
-        `(B, 3, H, W)` uint8.
+        The same shape, uint8.
 
     Raises:
         FloatingPointError: If a value is not finite, which uint8 would turn into a plausible grey.
@@ -290,7 +305,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _call_settings(pipe: IwinDiTPipeline, sampling: Sampling) -> dict[str, Any]:
+def _call_settings(pipe: Pipeline, sampling: Sampling) -> dict[str, Any]:
     """Arguments of the pipeline's call, its own defaults where none is given, so that what is recorded is what ran."""
     defaults = inspect.signature(pipe.__call__).parameters
     given = {

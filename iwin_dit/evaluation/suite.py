@@ -18,6 +18,7 @@ from ..metrics.feature_table import FeatureTable
 from ..metrics.frechet import frechet_distance
 from ..metrics.inception_score import InceptionScore
 from ..metrics.moments import Gaussian, Moments
+from ..metrics.moving_digits import summarise
 from ..metrics.network import FeatureNetwork
 from ..metrics.two_sample import kernel_inception_distance, precision_recall
 
@@ -36,18 +37,21 @@ class Metric:
     Attributes:
         network: The network that gives the features.
         features: Name of the features.
-        kind: Frechet distance, inception score, kernel inception distance, or precision and recall.
-        greater_is_better: Which way is up.
+        kind: Frechet distance, inception score, kernel inception distance, precision and recall, or what moving digits
+            show and how they move.
+        greater_is_better: Which way is up for its first value.
         protocols: Under which it is defined; none where the protocol plays no part.
         unbiased: Whether covariances are over n - 1; otherwise over n.
+        clips: Whether it is of clips; otherwise of images.
     """
 
     network: str
     features: str
-    kind: Literal["frechet", "is", "kid", "pr"]
+    kind: Literal["frechet", "is", "kid", "pr", "motion"]
     greater_is_better: bool
     protocols: tuple[str, ...] = ()
     unbiased: bool = True
+    clips: bool = False
 
 
 METRICS: dict[str, Metric] = {
@@ -58,8 +62,15 @@ METRICS: dict[str, Metric] = {
     "pr": Metric("inception", "pool", "pr", True, ("adm",)),
     "fd_dinov2": Metric("dinov2", "dinov2", "frechet", False),
     "frechet_digits": Metric("digits", "digits", "frechet", False),
-    "fvd": Metric("i3d", "i3d", "frechet", False, unbiased=False),
+    "fvd": Metric("i3d", "i3d", "frechet", False, unbiased=False, clips=True),
+    "moving_digits": Metric("motion", "motion", "motion", True, clips=True),
 }
+# Of metrics with several values, or one of another name: the first is that of `Metric.greater_is_better`.
+_VALUES = {
+    "pr": ("precision", "recall"),
+    "moving_digits": ("digit_recognition", "digit_displacement", "blank_frames"),
+}
+_PLAIN = ("frechet_digits", "moving_digits")  # which have no published values to be confused with
 
 
 def check_metrics(metrics: Sequence[str], protocol: str) -> None:
@@ -75,8 +86,11 @@ def check_metrics(metrics: Sequence[str], protocol: str) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics or len(set(metrics)) < len(metrics):
         raise ValueError(f"expected metrics of {', '.join(METRICS)}, each once, got {', '.join(metrics) or 'none'}")
-    if "fvd" in metrics and len(metrics) > 1:
-        raise ValueError(f"fvd is of clips and the other metrics are of images: expected it alone, got {metrics}")
+    if of_clips(metrics) and len(metrics) > 1:
+        name = next(name for name in metrics if METRICS[name].clips)
+        raise ValueError(
+            f"{name} is of clips, with a reference of its own: expected it alone, got {', '.join(metrics)}"
+        )
     for name in metrics:
         protocols = METRICS[name].protocols
         if protocols and protocol not in protocols:
@@ -99,6 +113,11 @@ def check_libraries(metrics: Sequence[str]) -> None:
         precision_recall(points, points, neighbours=NEIGHBOURS)
 
 
+def of_clips(metrics: Sequence[str]) -> bool:
+    """Whether any of the metrics is of clips, and not of images."""
+    return any(METRICS[name].clips for name in metrics)
+
+
 def needs_reference(metric: str) -> bool:
     """Whether the metric compares with real images; the inception score alone does not."""
     return METRICS[metric].kind != "is"
@@ -117,12 +136,28 @@ def reported_names(metric: str, n_fake: int) -> tuple[str, ...]:
         n_fake: Number of generated images.
 
     Returns:
-        One name, of precision and recall two. Below 50,000 images the number is part of it, as `fid_10000`, and of fvd
-        always; frechet_digits has no published values to be confused with, and keeps its plain name.
+        One name, of precision and recall two, of moving_digits three. Below 50,000 images the number is part of it, as
+        `fid_10000`, and of fvd always; what has no published values to be confused with keeps its plain name.
     """
-    names = ("precision", "recall") if metric == "pr" else (metric,)
-    plain = metric == "frechet_digits" or (metric != "fvd" and n_fake >= FULL_COUNT)
+    names = _VALUES.get(metric, (metric,))
+    plain = metric in _PLAIN or (metric != "fvd" and n_fake >= FULL_COUNT)
     return names if plain else tuple(f"{name}_{n_fake}" for name in names)
+
+
+def shortfall(metric: str, reported: str, value: float) -> float:
+    """How far a value is from the best: the smallest shortfall of several values is that of the best one.
+
+    Args:
+        metric: A key of `METRICS`.
+        reported: Name of the value, one of `reported_names`.
+        value: The value.
+
+    Returns:
+        A number that only compares with others of this value.
+    """
+    if reported == "digit_displacement":
+        return abs(value - 1)  # of the real one
+    return -value if METRICS[metric].greater_is_better and reported != "blank_frames" else value
 
 
 def kept_bytes(metrics: Sequence[str], networks: Mapping[str, FeatureNetwork], count: int, *, real: bool) -> int:
@@ -135,8 +170,8 @@ def kept_bytes(metrics: Sequence[str], networks: Mapping[str, FeatureNetwork], c
         real: Whether this is the reference.
 
     Returns:
-        Bytes. Frechet distances take `8 D (D + 1)`; KID, precision and recall, which need features image by image,
-        `4 D` per image, of real ones at most 10,000; the inception score `8 D` per 5,000 images.
+        Bytes. Frechet distances take `8 D (D + 1)`; KID, precision and recall, and moving_digits, which need features
+        one by one, `4 D` per image or clip, of real ones at most 10,000; the inception score `8 D` per 5,000 images.
     """
     rows = min(count, REAL_KEPT) if real else count
     total = 0
@@ -290,7 +325,17 @@ class Side:
         return self._moments.pop(METRICS[metric].features).gaussian(unbiased=METRICS[metric].unbiased)
 
     def table(self, metric: str) -> Tensor:
-        """Features of all images of KID, precision and recall, `(count, D)`; a ValueError unless each came once."""
+        """Features of all images of KID, precision and recall, or of all clips of moving_digits, by index.
+
+        Args:
+            metric: A key of `METRICS`.
+
+        Returns:
+            `(count, D)` float32 on the CPU.
+
+        Raises:
+            ValueError: One did not come, came twice, or is not finite.
+        """
         return self._tables[METRICS[metric].features].features()
 
     def on_device(self, table: Tensor) -> Tensor:
@@ -316,14 +361,16 @@ class Real:
 
     Attributes:
         gaussians: Of each Frechet distance.
-        tables: `(N, D)` features for KID, precision and recall, N real images, at most `REAL_KEPT`.
+        tables: `(N, D)` features for KID, precision and recall, and moving_digits, N real ones, at most `REAL_KEPT`.
         floors: What real images score against real images, of each Frechet distance where it is known: `value`, `n`
             images `against` so many others.
+        labels: Classes of the rows of the tables, where a metric needs them.
     """
 
     gaussians: Mapping[str, Gaussian]
     tables: Mapping[str, Tensor]
     floors: Mapping[str, Mapping[str, Any]]
+    labels: Sequence[int] = ()
 
 
 def distance(metric: str, real: Gaussian, fake: Gaussian) -> float:
@@ -350,7 +397,9 @@ def distance(metric: str, real: Gaussian, fake: Gaussian) -> float:
     return raw
 
 
-def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def compute(
+    metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0, labels: Sequence[int] = ()
+) -> dict[str, dict[str, Any]]:
     """Compute all values, one metric after another.
 
     Args:
@@ -358,10 +407,12 @@ def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) ->
         fake: Of all generated images, reduced; it is of no use afterwards, as each metric's statistics are freed.
         real: What the metrics compare with.
         seed: Of KID's subsets.
+        labels: Classes that the generated ones were asked for, by index, where a metric needs them.
 
     Returns:
         Reported name to `value` and what belongs to it: of Frechet distances `raw`, the value before it was clamped at
-        0, and `floor` where it is known; of scores over several parts `std`; the parameters of the others.
+        0, and `floor` where it is known; of scores over several parts `std`; of shares of frames `floor`, that of `n`
+        real clips; the parameters of the others.
 
     Raises:
         ValueError: Images are missing, a value is not finite, or a Frechet distance is below 0 by more than rounding.
@@ -369,7 +420,7 @@ def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) ->
     fake.check_complete()
     values: dict[str, dict[str, Any]] = {}
     for name in metrics:
-        values |= zip(reported_names(name, fake.count), _compute(name, fake, real, seed), strict=True)
+        values |= zip(reported_names(name, fake.count), _compute(name, fake, real, seed, labels), strict=True)
     bad = [name for name, entry in values.items() if not math.isfinite(entry["value"])]
     if bad:
         raise ValueError(f"expected finite values, those of {', '.join(bad)} are not: look at the images")
@@ -378,12 +429,12 @@ def compute(metrics: Sequence[str], fake: Side, real: Real, *, seed: int = 0) ->
 
 def _kept(metrics: Sequence[str], *, real: bool) -> list[tuple[str, tuple[str, str]]]:
     """What some metrics keep of one side, each thing once: kind of statistics, and (network, features)."""
-    kinds = {"frechet": "moments", "kid": "table", "pr": "table", "is": "score"}
+    kinds = {"frechet": "moments", "kid": "table", "pr": "table", "motion": "table", "is": "score"}
     found = [METRICS[name] for name in metrics if not (real and METRICS[name].kind == "is")]
     return list(dict.fromkeys((kinds[metric.kind], (metric.network, metric.features)) for metric in found))
 
 
-def _compute(name: str, fake: Side, real: Real, seed: int) -> list[dict[str, Any]]:
+def _compute(name: str, fake: Side, real: Real, seed: int, labels: Sequence[int]) -> list[dict[str, Any]]:
     """The entries of one metric, as many as it has reported names."""
     kind = METRICS[name].kind
     if kind == "frechet":
@@ -396,6 +447,8 @@ def _compute(name: str, fake: Side, real: Real, seed: int) -> list[dict[str, Any
         spread = {"std": std} if score.chunks > 1 else {}  # one chunk has none
         return [{"value": value, **spread, "chunk": CHUNK, "chunks": score.chunks}]
     rows, real_rows = fake.table(name), real.tables[name]
+    if kind == "motion":
+        return _compare_motion(rows, labels, real_rows, real.labels)
     if kind == "kid":
         size = min(KID_SUBSET_SIZE, len(rows), len(real_rows))
         counts = {len(rows), len(real_rows)}
@@ -405,3 +458,21 @@ def _compute(name: str, fake: Side, real: Real, seed: int) -> list[dict[str, Any
         return [{"value": value, **spread, "subsets": subsets, "subset_size": size, "seed": seed}]
     both = precision_recall(fake.on_device(rows), fake.on_device(real_rows), neighbours=NEIGHBOURS)
     return [{"value": value, "neighbours": NEIGHBOURS, "n_real": len(real_rows)} for value in both]
+
+
+def _compare_motion(
+    rows: Tensor, labels: Sequence[int], real_rows: Tensor, real_labels: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The three entries of moving_digits, each beside what the real clips come to."""
+    fake, real = summarise(rows, labels), summarise(real_rows, real_labels)
+    n = len(real_rows)
+    ratio = fake.displacement / real.displacement if real.displacement else math.inf
+    return [
+        {
+            "value": fake.recognition,
+            "floor": {"value": real.recognition, "n": n},
+            "by_class": list(fake.by_class),
+        },
+        {"value": ratio, "pixels": fake.displacement, "real_pixels": real.displacement},
+        {"value": fake.blank, "floor": {"value": real.blank, "n": n}},
+    ]

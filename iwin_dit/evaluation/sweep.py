@@ -17,17 +17,16 @@ from typing import Any
 
 from ..charts import Panel, Series, save_charts
 from ..files import write_durably, write_json
-from ..pipelines import IwinDiTPipeline
 from .evaluator import Evaluator
 from .partial import Partial, differences
 from .passes import never, on_main, together
 from .report import content, early_warnings, metric_of, warnings
-from .samples import SampledImages, Sampling
-from .suite import METRICS
+from .samples import Pipeline, SampledImages, Sampling
+from .suite import METRICS, shortfall
 
 logger = logging.getLogger(__name__)
 
-Opened = tuple[IwinDiTPipeline, Mapping[str, Any]]  # a pipeline, and what identifies it
+Opened = tuple[Pipeline, Mapping[str, Any]]  # a pipeline, and what identifies it
 
 _CHECKPOINT = re.compile(r"(.+)/checkpoints/[^/]+/*")
 _AXES = ("guidance", "steps", "training step")  # of the plot: the first that varies
@@ -90,7 +89,7 @@ def measure_grid(
         points: The points, those of one model next to each other.
         open_pipeline: Opens a model on every process; called again where another model was opened in between.
         evaluator: Measures.
-        num_samples: Images per point.
+        num_samples: Images or clips per point.
         folder: Where the results are, a JSON per point.
         stopping: Whether to stop early.
 
@@ -98,7 +97,8 @@ def measure_grid(
         The results, as in the JSON files, on every process; None if it was stopped.
 
     Raises:
-        ValueError: A setting does not fit a model, or a result of that name was made otherwise.
+        ValueError: A setting does not fit a model, the metrics are not of what it makes, or a result of that name was
+            made otherwise.
         EvaluationError: A process of several failed.
     """
     models = _OneAtATime(open_pipeline)
@@ -107,6 +107,7 @@ def measure_grid(
     said: set[str] = set()
     for point in points:
         images = _samples(models(point.model), num_samples, point)
+        evaluator.check(images)
         path = folder / f"{_name(point.model, images)}.json"
         if path in paths and paths[path].model != point.model:
             raise ValueError(f"{paths[path].model} and {point.model} would both be {path.name}: sweep them apart")
@@ -115,7 +116,7 @@ def measure_grid(
         if stored is not None:
             results[path] = stored
         about = {"path": evaluator.request.reference, **evaluator.about_reference()}
-        _warn(early_warnings(about, images.image_size, evaluator.request.protocol), said)
+        _warn(early_warnings(about, images.image_size, evaluator.request.protocol, images.fps), said)
         del images  # and its model, before the next one is opened
     for number, (path, point) in enumerate(paths.items(), 1):
         if path in results:
@@ -178,9 +179,8 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
         floors = [result["metrics"][name].get("floor") for result in results]
         if floors[0] is not None and all(floor == floors[0] for floor in floors):
             floor = floors[0]
-            caption.append(
-                f"floor of {name} {floor['value']:.2g} ({floor['n']} real against {floor['against']} others)"
-            )
+            others = f" against {floor['against']} others" if "against" in floor else ""
+            caption.append(f"floor of {name} {floor['value']:.{2 if others else 3}g} ({floor['n']} real{others})")
     return f"{', '.join(caption)}\n\n{table}\n"
 
 
@@ -191,8 +191,9 @@ def panels(results: Sequence[Mapping[str, Any]]) -> list[Panel]:
         results: As from `measure_grid`, at least one.
 
     Returns:
-        One panel or two, a curve for every combination of the other settings. Where guidance does not vary, steps or
-        the training step take its place; checkpoints of one run are one model.
+        One panel or two, a curve for every combination of the other settings. Without a Frechet distance the first
+        value is drawn. Where guidance does not vary, steps or the training step take its place; checkpoints of one run
+        are one model.
     """
     settings = [settings_of(result) for result in results]
     varying = _varying(settings)
@@ -235,6 +236,7 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
         "labels": generated["labels"],
         "seed": generated["seed"],
         "samples": generated["n"],
+        **({"frames": generated["frames"]} if "frames" in generated else {}),
         "reference": (result["reference"] or {"path": "none"})["path"],
         "protocol": result["protocol"] or "none",
     }
@@ -319,9 +321,9 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _best(results: Sequence[Mapping[str, Any]], name: str) -> float:
-    values = [result["metrics"][name]["value"] for result in results]
-    greater = METRICS[metric_of(name, results[0]["generated"]["n"])].greater_is_better
-    return max(values) if greater else min(values)
+    metric = metric_of(name, results[0]["generated"]["n"])
+    values: list[float] = [result["metrics"][name]["value"] for result in results]
+    return min(values, key=lambda value: shortfall(metric, name, value))
 
 
 def _text(value: Any) -> str:

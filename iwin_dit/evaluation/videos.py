@@ -1,6 +1,7 @@
 """A folder of clips as a set that a metric can read, for the Frechet video distance.
 
-Owns which frames of a clip count: the first ones, at a stride. Must not know how clips are decoded or what is measured.
+Owns which frames of a file count: its first ones, or those that training would take. Must not know how files are
+decoded or what is measured.
 
 Letters: B batch, T frames, H W image axes.
 """
@@ -9,68 +10,123 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..data.videos import frame_paths, list_clips, probe_clip, read_frames
+from ..data.clips import ClipSettings, cut_video
+from ..data.images import BrokenSampleError, centre_crop
+from ..data.videos import ClipFacts, decode_frames, frame_paths, list_clips, probe_clip
 from ..files import sha256
 from ..metrics.images import count_duplicates
 
 THREADS = 4  # each decodes a clip of its own
 _LISTED = 5  # clips that a message names
+_SAME_RATE = 0.01  # by which two rates may differ and be called one: 23.976 is 24
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a clip is cut out of a file, one of each.
+
+    Attributes:
+        frames: T.
+        stride: Distance between frames that are taken; 1 takes every one.
+        frame_rate: Frames per second at which the file is seen before the stride: the clip is then the one that
+            training cuts with these settings (`data.clips.ClipSettings`), from the middle. None takes the file as it
+            is, whatever its rate, and its first frames.
+        resolution: Side R of ADM's centre crop, as training makes it; None leaves the frames as they are.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    frames: int = 16
+    stride: int = 1
+    frame_rate: float | None = None
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        rate = 1.0 if self.frame_rate is None else self.frame_rate
+        if min(self.frames, self.stride, self.resolution or 1) < 1 or not 0 < rate < float("inf"):
+            raise ValueError(
+                "expected frames, stride and resolution of at least 1 and a frame rate above 0, got "
+                f"{self.frames}, {self.stride}, {self.resolution} and {self.frame_rate}"
+            )
+
+    def __str__(self) -> str:
+        rate = "" if self.frame_rate is None else f" of {self.frame_rate:g} a second"
+        crop = "" if self.resolution is None else f", cropped to {self.resolution} x {self.resolution}"
+        return f"{self.frames} frames at stride {self.stride}{rate}{crop}"
+
+    def choose(self, path: Path, facts: ClipFacts) -> list[int]:
+        """Choose the frames of a file.
+
+        Args:
+            path: Names the file in messages.
+            facts: What it is.
+
+        Returns:
+            T frame numbers, ascending.
+
+        Raises:
+            BrokenSampleError: It is too short, or for a frame rate too slow or of a rate that varies.
+        """
+        if self.frame_rate is not None:
+            return cut_video(path, facts, ClipSettings(self.frames, self.frame_rate, self.stride))[0]
+        needed = (self.frames - 1) * self.stride + 1
+        if facts.frames < needed:
+            raise BrokenSampleError(f"{path} is too short: expected at least {needed} frames, got {facts.frames}")
+        return list(range(0, needed, self.stride))
 
 
 class VideoFiles:
     """The clips of a folder and its subfolders, in the order of their paths, all of one size: an `ImageSet` of clips.
 
-    Clips are video files, and folders of frame images. The first `frames` frames of each count, `stride` apart,
-    whatever its rate. Hidden files and folders are left alone, links are followed. Frames are counted and sizes
-    compared at construction, pixels decoded when asked for.
+    Clips are video files, and folders of frame images. Hidden files and folders are left alone, links are followed.
+    Frames are counted and sizes compared at construction, pixels decoded when asked for.
 
     Args:
         folder: Where to look.
-        frames: T.
-        stride: Distance between frames that are taken; 1 takes every one.
+        cut: Which frames count, and which part of them.
 
     Attributes:
         paths: The clips.
-        size: Height and width.
+        cut: As given.
+        frames: T.
+        size: Height and width, after the crop.
+        image_size: The same, as the sets of images have it.
+        fps: Frames per second of the clips; None where files differ or do not say.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds fewer than two clips, or clips that are broken, too short or of several sizes.
+        ValueError: If it holds fewer than two clips, or clips that are broken, cannot be cut so, or, where they are not
+            cropped, are of several sizes.
         ImportError: If there are video files and PyAV is not installed.
     """
 
     prefetch = True
 
-    def __init__(self, folder: Path, frames: int = 16, stride: int = 1) -> None:
-        if frames < 1 or stride < 1:
-            raise ValueError(f"expected at least 1 frame and a stride of at least 1, got {frames} and {stride}")
-        self.name, self.folder, self.frames, self.stride = str(folder), folder, frames, stride
+    def __init__(self, folder: Path, cut: Cut | None = None) -> None:
+        self.name, self.folder, self.cut = str(folder), folder, cut or Cut()
+        self.frames = self.cut.frames
         self.paths = list_clips(folder)
         if len(self.paths) < 2:
             found = len(self.paths)
             raise ValueError(f"expected at least 2 clips (video files or folders of frames) in {folder}, got {found}")
         self._pool = ThreadPoolExecutor(THREADS)
         facts = list(self._pool.map(probe_clip, self.paths))
-        needed = (frames - 1) * stride + 1
-        if short := [f"{p}: {f.frames}" for p, f in zip(self.paths, facts, strict=True) if f.frames < needed]:
-            raise ValueError(
-                f"expected at least {needed} frames ({frames} at stride {stride}) in every clip, but {len(short)} of "
-                f"{len(facts)} have fewer:\n  " + "\n  ".join(short[:_LISTED] + ["..."] * (len(short) > _LISTED))
-            )
-        sizes = Counter((clip.height, clip.width) for clip in facts)
-        if len(sizes) > 1:
-            counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(_LISTED))
-            raise ValueError(f"expected clips of one size in {folder}, got {counts}: crop them as for training")
-        self.size = next(iter(sizes))
-        self._record: dict[str, Any] | None = None
+        self._chosen = self._choose(facts)
+        self.size = self._common_size(facts)
+        self.image_size = list(self.size)
         self._rates = [float(clip.rate) for clip in facts if clip.rate is not None]
+        self.fps = self._common_rate()
+        self._record: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,6 +154,41 @@ class VideoFiles:
             self._record = self._identify()
         return self._record
 
+    def _choose(self, facts: Sequence[ClipFacts]) -> list[list[int]]:
+        """The frames of every clip; a ValueError that names those of which none can be cut."""
+        chosen, wrong = [], []
+        for path, clip in zip(self.paths, facts, strict=True):
+            try:
+                chosen.append(self.cut.choose(path, clip))
+            except BrokenSampleError as error:
+                wrong.append(str(error))
+        if wrong:
+            listed = "\n  ".join(wrong[:_LISTED] + ["..."] * (len(wrong) > _LISTED))
+            raise ValueError(
+                f"expected {self.cut} in every clip of {self.folder}, but {len(wrong)} of {len(facts)} cannot be cut "
+                f"so:\n  {listed}"
+            )
+        return chosen
+
+    def _common_size(self, facts: Sequence[ClipFacts]) -> tuple[int, int]:
+        if self.cut.resolution is not None:
+            return self.cut.resolution, self.cut.resolution
+        sizes = Counter((clip.height, clip.width) for clip in facts)
+        if len(sizes) > 1:
+            counts = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common(_LISTED))
+            raise ValueError(
+                f"expected clips of one size in {self.folder}, got {counts}: crop them as for training, or give a "
+                "resolution to crop them to"
+            )
+        return next(iter(sizes))
+
+    def _common_rate(self) -> float | None:
+        if self.cut.frame_rate is not None:
+            return self.cut.frame_rate / self.cut.stride
+        if len(self._rates) < len(self.paths) or not same_rate(min(self._rates), max(self._rates)):
+            return None
+        return self._rates[0] / self.cut.stride
+
     def _identify(self) -> dict[str, Any]:
         digests = list(self._pool.map(_clip_sha256, self.paths))
         names = [path.relative_to(self.folder).as_posix() for path in self.paths]
@@ -106,8 +197,9 @@ class VideoFiles:
         return {
             "path": str(self.folder),
             "n": len(self),
-            "frames": self.frames,
-            "stride": self.stride,
+            **asdict(self.cut),
+            "start": "first frame" if self.cut.frame_rate is None else "middle, as training cuts a single clip",
+            "fps": self.fps,
             "frames_per_second": [min(self._rates), max(self._rates)] if self._rates else None,  # of those that say
             "image_size": list(self.size),
             "stored_as": dict(sorted(kinds.items())),  # compression artefacts change a distance
@@ -117,10 +209,20 @@ class VideoFiles:
 
     def _decode(self, index: int, clip: np.ndarray) -> None:
         """Decode one clip into its place in the batch, `(T, H, W, 3)`."""
-        frames = read_frames(self.paths[index], 0, self.frames, self.stride)
-        if frames.shape != clip.shape:
-            raise ValueError(f"expected frames {clip.shape[1:]} in {self.paths[index]}, got {frames.shape[1:]}")
-        clip[...] = frames
+        path, chosen = self.paths[index], self._chosen[index]
+        decoded = list(decode_frames(path, chosen))
+        if len(decoded) < len(chosen):
+            raise ValueError(f"{path} ends before its frame {chosen[len(decoded)]} could be decoded")
+        if self.cut.resolution is not None:
+            decoded = [np.asarray(centre_crop(Image.fromarray(frame), self.cut.resolution)) for frame in decoded]
+        if decoded[0].shape != clip.shape[1:]:
+            raise ValueError(f"expected frames {clip.shape[1:]} in {path}, got {decoded[0].shape}")
+        clip[...] = decoded
+
+
+def same_rate(first: float, second: float) -> bool:
+    """Whether two frame rates are one, but for how it is written."""
+    return abs(first - second) <= _SAME_RATE * max(first, second)
 
 
 def _clip_sha256(path: Path) -> str:
