@@ -71,7 +71,7 @@ def train(training: Training) -> int:
     bar = tqdm(
         total=steps * batch_size,
         initial=state.step * batch_size,
-        unit="img",
+        unit=config.sample_word,
         unit_scale=True,
         disable=not accelerator.is_main_process,
     )
@@ -237,10 +237,12 @@ def write_previews(training: Training, stopping: Callable[[], bool]) -> None:
     weights = {"trained": gather_weights(state.model), "averaged": gather_weights(state.ema.model)}
     if not training.accelerator.is_main_process:
         return
-    path = training.run / "previews" / f"step-{state.step:08d}.png"
+    path = training.run / "previews" / f"step-{state.step:08d}"
     try:
         models = {name: model_from(config, weights.pop(name)) for name in list(weights)}
-        preview(config, models, training.codec, training.class_names, path, stopping)
+        picture = preview(config, models, training.codec, training.class_names, path, stopping)
+        if picture is not None:
+            training.metrics.show(state.step, "previews", picture)
     except Exception:
         logger.warning("there is no preview of step %d", state.step, exc_info=True)
 
@@ -280,15 +282,15 @@ def save(training: Training, with_pipeline: bool = True, best: Score | None = No
 def finish(training: Training, stopped: bool) -> None:
     """Wait for the last checkpoint, and make the pipeline of a finished run that was killed before it was written."""
     training.writer.wait()
-    state, accelerator, run = training.state, training.accelerator, training.run
+    config, state, accelerator, run = training.config, training.state, training.accelerator, training.run
     stale = accelerator.is_main_process and not stopped and exported_step(run / "pipeline") != state.step
     if largest(accelerator, stale) != [0]:
         save(training)
         training.writer.wait()
     training.metrics.close()
     word = "stopped" if stopped else "done"
-    images, steps = state.step * training.config.train.batch_size, training.config.train.steps
-    logger.info("%s is %s: %d of %d steps, %d images", run, word, state.step, steps, images)
+    count, steps = state.step * config.train.batch_size, config.train.steps
+    logger.info("%s is %s: %d of %d steps, %d %ss", run, word, state.step, steps, count, config.sample_word)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def scripted(monkeypatch, numbers: dict[int, float]) -> None:
     [
         (["--eval.metrics", "fidd"], "eval.metrics 'fidd': expected metrics of fid, sfid, is"),
         (["--eval.metrics", "fid,fid"], "each once, got fid, fid"),
-        (["--eval.metrics", "fvd"], "'fvd': it is of clips"),
+        (["--eval.metrics", "fvd", "--eval.every", "5"], "eval.metrics 'fvd' cannot be of images"),
         (["--eval.metrics", "fid,is", "--eval.protocol", "clean"], "is is defined under protocol adm, got 'clean'"),
         (["--eval.every", "5"], "eval.reference must be given for fid: 'digits', or a file"),
         (["--eval.every", "-1"], "eval.every must be at least 0, got -1"),

@@ -4,6 +4,7 @@ They hold *stored* latents: the step normalises them, on its device, so that no 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.latents import LatentDataset, positions_to_indices
-from .draws import VALIDATION_STREAM, keyed_draws
+from .draws import VALIDATION_STREAM, is_image_step, keyed_draws
 
 
 class Batch(NamedTuple):
@@ -32,6 +33,39 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
+@dataclass(frozen=True)
+class ImageSteps:
+    """Joint training on clips and images: in some steps, one latent frame of every clip stands for it.
+
+    Attributes:
+        share: Of the steps that train on single frames.
+        batch_size: Global batch, which tells the step of a position.
+        first: Always the first frame, the only one that a video VAE encodes as an image; else any, by position.
+    """
+
+    share: float
+    batch_size: int
+    first: bool
+
+    def apply(self, seed: int, position: int, frames: torch.Tensor, *clips: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut single frames out of clips, where the step is one of images.
+
+        Args:
+            seed: Of the run.
+            position: Global position of one of the samples.
+            frames: (B,) uniforms in (0, 1) that choose the frame.
+            clips: (B, C, t, h, w) tensors, all of which lose the same frames.
+
+        Returns:
+            The tensors, (B, C, 1, h, w) in a step on images.
+        """
+        if not is_image_step(seed, position // self.batch_size, self.share):
+            return clips
+        chosen = torch.zeros_like(frames) if self.first else frames * clips[0].shape[2]
+        rows = torch.arange(len(frames))
+        return tuple(clip[rows, :, chosen.long()].unsqueeze(2) for clip in clips)
+
+
 class MicroBatches(Dataset[Batch]):
     """Micro-batch i of one process: i counts the micro-batches of the run, so a resumed loader starts at any i.
 
@@ -48,6 +82,7 @@ class MicroBatches(Dataset[Batch]):
         shares: Number of shares K.
         flips: Take the mirror image of half the samples, where it is stored.
         posterior: Sample the VAE's posterior, where its deviation is stored; else take its mean.
+        image_steps: Which steps of a video run train on single frames; None: no step.
     """
 
     def __init__(
@@ -61,9 +96,10 @@ class MicroBatches(Dataset[Batch]):
         shares: int = 1,
         flips: bool = False,
         posterior: bool = False,
+        image_steps: ImageSteps | None = None,
     ) -> None:
         self.data, self.seed, self.shares = data, seed, shares
-        self.flips, self.posterior = flips, posterior
+        self.flips, self.posterior, self.image_steps = flips, posterior, image_steps
         self.micro_batch, self.num_processes = micro_batch, num_processes
         self.share, self.member = divmod(rank, num_processes // shares)
 
@@ -79,7 +115,10 @@ class MicroBatches(Dataset[Batch]):
         draws = keyed_draws(self.seed, positions, self.data.manifest.latent_shape, posterior=self.posterior)
         flips = draws.flips if self.flips else None
         latents, class_labels = self.data.get(indices, flips=flips, noise=draws.posterior)
-        return Batch(latents, class_labels, draws.noise, draws.times, draws.drops)
+        noise = draws.noise
+        if self.image_steps is not None:
+            latents, noise = self.image_steps.apply(self.seed, int(positions[0]), draws.frames, latents, noise)
+        return Batch(latents, class_labels, noise, draws.times, draws.drops)
 
     def loader(
         self, first: int, last: int, num_workers: int, worker_init_fn: Callable[[int], None] | None = None

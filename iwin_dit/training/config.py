@@ -1,9 +1,11 @@
 """The training configuration: dataclasses, filled from defaults, a YAML file and the command line, in that order.
 
-The model section is the signature of the model itself, so that no size is declared twice. Every key is checked; an
-unknown one is an error that lists the valid ones.
+The model section is the signature of the model itself, so that no size is declared twice; the modality, which is found
+before anything else, says of which. Every key is checked; an unknown one is an error that lists the valid ones.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -11,24 +13,33 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from ..data.clips import ClipSettings
 from ..diffusion import DDPM, FlowMatching, Objective
 from ..evaluation.samples import MAX_COUNT, MAX_SEED
-from ..evaluation.suite import check_metrics, needs_reference
-from ..models import IwinDiTTransformer2DModel
+from ..evaluation.suite import METRICS, check_metrics, needs_reference, of_clips
+from ..models.transformer import IwinDiTCore, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+
+Modality = Literal["image", "video"]
+MODELS: dict[str, type[IwinDiTCore]] = {"image": IwinDiTTransformer2DModel, "video": IwinDiTTransformer3DModel}
 
 
 @dataclass
 class DataConfig:
     """Where the latents come from; `extract_latents.py` makes them, training reads them.
 
+    What is said of images here holds of clips, too, where the modality is video.
+
     Attributes:
-        source: "digits" (scikit-learn's, built in), a folder with one folder of images per class, WebDataset tars
-            ("photos/{000..099}.tar" or a glob that ends in .tar), or a Hugging Face data set ("hf:user/name" or
-            "hf:folder").
+        source: Of images "digits" (scikit-learn's, built in), a folder with one folder of images per class, WebDataset
+            tars ("photos/{000..099}.tar" or a glob that ends in .tar), or a Hugging Face data set ("hf:user/name" or
+            "hf:folder"). Of video "moving_digits" (built in), or a folder with one folder per class of video files and
+            folders of frames.
         source_split: Split of a Hugging Face data set.
         source_revision: Its commit, branch or tag on the Hub; null takes the newest commit.
         source_config: Its configuration, where it has several.
@@ -36,9 +47,16 @@ class DataConfig:
         image_key: Column of a Hugging Face data set (null: "image") or extension in the tars (null: any image's).
         label_key: The same for labels (null: "label", in tars "cls").
         class_names: Text file with a class name per line; null takes the source's own, or else "0", "1" and so on.
-        vae: VAE folder or Hub id of any diffusers image VAE. For digits it is trained where it is missing.
+        vae: VAE folder or Hub id of any diffusers image VAE, which takes clips frame by frame, or for video of a video
+            VAE. For the digits, still or moving, it is trained where it is missing.
         latents: Folder of encoded latents.
-        resolution: Image side in pixels.
+        resolution: Side of an image or a frame in pixels.
+        frames: Video only, and needed there: frames of a clip.
+        frame_rate: Video only, and needed there: frames per second at which videos are read.
+        frame_stride: Video only: every so manieth of those frames is taken.
+        clips_per_video: Video only: clips cut from every video, evenly spaced.
+        image_steps: Video only: share of the steps that train on one latent frame of every clip, as an image: any frame
+            where the VAE is an image VAE; the first, which is an image's, where it is a video VAE.
         posterior: What of the VAE's posterior is stored: its "mean", one "sample", or "mean_std", from which training
             draws a new sample each time.
         flips: Encode the mirror image too; training then takes one of the two at random.
@@ -68,6 +86,11 @@ class DataConfig:
     vae: str = "data/digits/vae"
     latents: str = "data/digits/latents"
     resolution: int = 32
+    frames: int | None = None
+    frame_rate: float | None = None
+    frame_stride: int = 1
+    clips_per_video: int = 1
+    image_steps: float = 0.0
     posterior: Literal["mean", "sample", "mean_std"] = "mean_std"
     flips: bool = False
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
@@ -81,6 +104,13 @@ class DataConfig:
     shares: int = 1
     verify: bool = True
     num_workers: int = 0
+
+    @property
+    def clips(self) -> ClipSettings | None:
+        """How clips are cut; None of images."""
+        if self.frames is None or self.frame_rate is None:
+            return None
+        return ClipSettings(self.frames, self.frame_rate, self.frame_stride, self.clips_per_video)
 
 
 @dataclass
@@ -120,6 +150,8 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     """The loop. What acts on learning is counted in images, so that it stays the same at another batch size.
+
+    For video, an image here and in what is logged is a clip, or its one frame in a step that trains on images.
 
     Attributes:
         images: Images to see, rounded up to whole batches. A finished run given more goes on, unless a cosine schedule
@@ -162,6 +194,8 @@ class TrainConfig:
 class LogConfig:
     """What is written, and every how many steps (and at the last one); 0 turns validation and previews off.
 
+    Previews go to the tracker, too: to TensorBoard's and W&B's images, those of video as moving GIFs.
+
     Attributes:
         every: Loss, rate and speed to metrics.jsonl and the tracker; at least 1.
         validate_every: Validation loss of the averaged weights.
@@ -201,9 +235,9 @@ class EvalConfig:
         every: Steps between evaluations (and one at the last step); 0 turns them off.
         metrics: Comma-separated, as `evaluate_fid.py --metrics` takes them; the first decides which checkpoint is the
             best, and that one is kept.
-        reference: What the samples are compared with: "digits", a reference .npz (ADM's, or our own), or images;
-            null for metrics that need none.
-        num_samples: Images, over all processes, balanced over the classes.
+        reference: What the samples are compared with: "digits", a reference .npz (ADM's, or our own), or images; for
+            video "moving_digits" or a folder of videos; null for metrics that need none.
+        num_samples: Images or clips, over all processes, balanced over the classes.
         num_inference_steps: Sampler steps.
         guidance_scale: Guidance scale; 1 turns guidance off.
         batch_size: Images per process at a time; changes no image.
@@ -211,6 +245,7 @@ class EvalConfig:
         protocol: Resize and normalisation of the images for Inception.
         inception_weights: File of its weights; null takes the cached ones.
         dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
+        i3d: TorchScript file of I3D, for fvd.
     """
 
     every: int = 0
@@ -224,6 +259,7 @@ class EvalConfig:
     protocol: Literal["adm", "pytorch-fid", "clean"] = "adm"
     inception_weights: str | None = None
     dinov2: str | None = None
+    i3d: str | None = None
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -240,7 +276,10 @@ class Config:
         resume: "latest", which goes past damaged checkpoints, or the one to go on from; a run without any starts.
         overwrite: Start afresh in a run folder that holds another run.
         dry_run: Print the resolved configuration and the size of the model, then exit.
-        model: Keyword arguments of `IwinDiTTransformer2DModel`.
+        modality: "image" or "video": which model, pipeline and data.
+        init_from: Run, checkpoint, pipeline or Hub id whose weights, the averaged ones, a new run starts from: of the
+            same model, or of an image model for a video model. A run that goes on does not read it again.
+        model: Keyword arguments of `IwinDiTTransformer2DModel`, for video of `IwinDiTTransformer3DModel`.
         objective: Which of the two objectives below trains.
         flow_matching: Settings of objective "flow_matching".
         ddpm: Settings of objective "ddpm".
@@ -256,6 +295,8 @@ class Config:
     resume: str = "latest"
     overwrite: bool = False
     dry_run: bool = False
+    modality: Modality = "image"
+    init_from: str | None = None
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"
     flow_matching: FlowMatching = field(default_factory=FlowMatching)
     ddpm: DDPM = field(default_factory=DDPM)
@@ -270,6 +311,7 @@ class Config:
         if getattr(self, idle) != type(getattr(self, idle))():
             raise ValueError(f"{idle} settings have no effect with objective {self.objective!r}: remove them")
         self._check_numbers()
+        self._check_clips()
         self._check_metrics()
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
@@ -290,6 +332,29 @@ class Config:
         if not all(0 <= label < classes for label in self.log.preview_classes):
             raise ValueError(f"log.preview_classes must be 0 to {classes - 1}, got {self.log.preview_classes}")
 
+    def _check_clips(self) -> None:
+        """Raise a ValueError for settings of clips that are missing, or given for images."""
+        data = self.data
+        if self.modality == "image":
+            given = [name for name in CLIP_KEYS if getattr(data, name) != getattr(DataConfig, name)]
+            if given:
+                names = ", ".join(f"data.{name}" for name in given)
+                raise ValueError(f"{names} is for modality 'video' alone, got modality 'image': leave it out")
+            return
+        if data.clips is None:
+            raise ValueError(
+                f"data.frames and data.frame_rate must be given for modality 'video', got {data.frames} and "
+                f"{data.frame_rate}"
+            )
+        patch_size = self.model["patch_size"]
+        temporal_patch = patch_size if isinstance(patch_size, int) else patch_size[0]
+        if data.image_steps and temporal_patch > 1 and self.model["single_frame"] == "refuse":
+            raise ValueError(
+                f"data.image_steps {data.image_steps} trains on single latent frames, which model.single_frame "
+                f"'refuse' does not take at model.patch_size {patch_size}: set model.single_frame to 'repeat', or "
+                "data.image_steps to 0"
+            )
+
     def _check_metrics(self) -> None:
         """Raise a ValueError for metrics that cannot be measured here; what lies on disk is checked at the start."""
         names = self.eval.metric_names
@@ -297,22 +362,38 @@ class Config:
             check_metrics(names, self.eval.protocol)
         except ValueError as error:
             raise ValueError(f"eval.metrics {self.eval.metrics!r}: {error}") from error
-        if "fvd" in names:
-            raise ValueError("eval.metrics 'fvd': it is of clips, and training samples images: give other metrics")
+        if self.eval.every and of_clips(names) != (self.modality == "video"):
+            fitting = ", ".join(name for name in METRICS if METRICS[name].clips == (self.modality == "video"))
+            raise ValueError(
+                f"eval.metrics {self.eval.metrics!r} cannot be of {self.sample_word}s, which modality "
+                f"{self.modality!r} samples: expected {fitting}. Set eval.every to 0 to train without evaluation"
+            )
         needing = [name for name in names if needs_reference(name)]
         if self.eval.every and needing and self.eval.reference is None:
             raise ValueError(
                 f"eval.reference must be given for {', '.join(needing)}: 'digits', or a file that `evaluate_fid.py "
-                "reference` makes. Set eval.every to 0 to train without evaluation"
+                "reference` makes; for video 'moving_digits', or a folder of videos. Set eval.every to 0 to train "
+                "without evaluation"
             )
 
     def build_objective(self) -> Objective:
         """Return the objective that trains."""
         return self.flow_matching if self.objective == "flow_matching" else self.ddpm
 
-    def build_model(self) -> IwinDiTTransformer2DModel:
+    def build_model(self) -> IwinDiTCore:
         """Build the model, its weights drawn from torch's global generator."""
-        return IwinDiTTransformer2DModel(**self.model)
+        return MODELS[self.modality](**self.model)
+
+    @property
+    def sample_word(self) -> str:
+        """What a sample is called: "image" or "clip"."""
+        return "image" if self.modality == "image" else "clip"
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the clips that are trained on; None of images."""
+        clips = self.data.clips
+        return None if clips is None else clips.frame_rate / clips.frame_stride
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain nested values, for JSON and YAML."""
@@ -330,6 +411,8 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
             numbers[prefix + key] = value
     return numbers
 
+
+CLIP_KEYS = ("frames", "frame_rate", "frame_stride", "clips_per_video", "image_steps")  # of the data, for video
 
 # What a number must be, in words and as a test, and the numbers that must be it. NaN is in no range. The upper ends
 # are far beyond use: they turn a slip of the finger into a message instead of a machine without memory.
@@ -351,7 +434,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "from 1 to 10**4": (
         lambda value: 1 <= value <= 1e4,
         (
-            *("data.resolution", "data.decode_threads", "model.num_layers", "model.num_attention_heads"),
+            *("data.resolution", "data.frames", "data.frame_stride", "data.clips_per_video"),
+            *("data.decode_threads", "model.num_layers", "model.num_attention_heads"),
             *("log.preview_columns", "log.preview_steps", "log.preview_guidance_scale"),
             *("eval.num_inference_steps", "eval.guidance_scale"),
         ),
@@ -367,10 +451,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "above 0": (
         lambda value: 0 < value < math.inf,
-        ("optim.lr", "optim.eps", "optim.max_grad_norm", "train.max_time", "train.timeout"),
+        ("optim.lr", "optim.eps", "optim.max_grad_norm", "train.max_time", "train.timeout", "data.frame_rate"),
     ),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("optim.betas.0", "optim.betas.1")),
-    "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor",)),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, ("optim.final_lr_factor", "data.image_steps")),
     "in [0, 2**32)": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # what numpy's generator takes
     "in [0, 4096)": (lambda value: 0 <= value < MAX_SEED, ("eval.seed",)),
 }
@@ -400,10 +484,19 @@ class ConfigParser(ArgumentParser):
         return f"{hint}Valid keys: {', '.join(siblings)}"
 
 
-def build_parser(prog: str) -> ConfigParser:
-    """Build the command line of `train_dit.py` and `extract_latents.py`; `parse_config` makes a `Config` of it."""
+def build_parser(prog: str, modality: str = "image") -> ConfigParser:
+    """Build the command line of `train_dit.py` and `extract_latents.py`; `parse_config` makes a `Config` of it.
+
+    Args:
+        prog: Script that the help and the errors name.
+        modality: A key of `MODELS`, whose signature the model section is.
+
+    Returns:
+        The parser.
+    """
     parser = ConfigParser(
         prog=prog,
+        allow_abbrev=False,
         description="The same command again goes on where it stopped, or says that it is done.",
     )
     parser.add_argument("--config", action="config", help="YAML file; the command line overrides it")
@@ -411,7 +504,9 @@ def build_parser(prog: str) -> ConfigParser:
     parser.add_argument("--resume", type=str, default="latest", help='"latest", or a checkpoint of this run')
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a run folder that holds another run")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and model size, then exit")
-    parser.add_class_arguments(IwinDiTTransformer2DModel, "model")
+    parser.add_argument("--modality", type=Modality, default="image", help="decides the keys of the model section")
+    parser.add_argument("--init_from", type=str | None, default=None, help="whose weights a new run starts from")
+    parser.add_class_arguments(MODELS[modality], "model")
     parser.add_argument("--objective", type=Literal["flow_matching", "ddpm"], default="flow_matching")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
@@ -427,6 +522,28 @@ SECTIONS: dict[str, type] = {
     "log": LogConfig,
     "eval": EvalConfig,
 }
+
+
+def find_modality(arguments: list[str], prog: str) -> str:
+    """Find the modality, which must be known before the rest is parsed.
+
+    Args:
+        arguments: Command line, with `--config`.
+        prog: Script that the errors name.
+
+    Returns:
+        That of the command line, else that of the YAML file, else "image"; not checked.
+    """
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--modality")
+    given, _ = parser.parse_known_args(arguments)
+    found = "image"
+    for path in given.config:
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # which the whole parser reports
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            found = content.get("modality", found) if isinstance(content, dict) else found
+    return str(given.modality or found)
 
 
 def parse_config(
@@ -448,8 +565,9 @@ def parse_config(
     arguments = sys.argv[1:] if arguments is None else arguments
     if default_config is not None and not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = ["--config", default_config, *arguments]
-    parser = build_parser(prog)
-    values = parser.parse_args(arguments).as_dict()
+    modality = find_modality(arguments, prog)
+    parser = build_parser(prog, modality if modality in MODELS else "image")
+    values = parser.parse_args([*arguments, f"--modality={modality}"]).as_dict()  # which refuses another one
     values.pop("config", None)
     try:
         sections = {name: section(**values.pop(name)) for name, section in SECTIONS.items()}

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +17,15 @@ from ..data.latents import LatentDataset, LatentStore, check_fits, size_differen
 from ..data.manifest import MANIFEST, Manifest
 from ..data.prepare import ModelSizes, make_digits_vae, open_vae
 from ..data.sources import open_source, read_class_names
-from ..models import IwinDiTTransformer2DModel
+from ..models.transformer import IwinDiTCore
+from .batches import ImageSteps
 from .config import Config, DataConfig
+
+BUILT_IN = ("digits", "moving_digits")  # sources whose VAE is trained where it is missing
 
 
 def open_data(
-    config: Config, model: IwinDiTTransformer2DModel, accelerator: Accelerator
+    config: Config, model: IwinDiTCore, accelerator: Accelerator
 ) -> tuple[LatentCodec, LatentDataset, LatentDataset]:
     """Open VAE and latents, made where they are missing, and check that they fit configuration and model.
 
@@ -40,13 +43,14 @@ def open_data(
     """
     data, folder = config.data, Path(config.data.latents)
     share, member = share_of_process(accelerator.process_index, accelerator.num_processes, data.shares)
-    missing = [data.vae] if data.source == "digits" and not Path(data.vae).exists() else []
+    missing = [data.vae] if data.source in BUILT_IN and not Path(data.vae).exists() else []
     missing += [] if (folder / MANIFEST).is_file() else [data.latents]
     if missing and accelerator.num_processes > 1:
         command = shlex.join(["accelerate", "launch", "extract_latents.py", *sys.argv[1:]])
         raise ValueError(f"{' and '.join(missing)} must be made first: {command}")
 
     codec = open_codec(data, accelerator.device)
+    image_steps(config, codec)  # refuses a VAE that takes no single frames, before anything is encoded
     if data.latents in missing:
         open_extraction(config, model, codec).run()
     verify = data.verify and (member == 0 or accelerator.is_local_main_process)
@@ -77,7 +81,7 @@ def share_of_process(rank: int, num_processes: int, shares: int) -> tuple[int, i
 
 
 def open_codec(data: DataConfig, device: torch.device) -> LatentCodec:
-    """Open the VAE; for the digits, train it where it is missing.
+    """Open the VAE; for the digits, still or moving, train it where it is missing.
 
     Args:
         data: The data section.
@@ -90,8 +94,9 @@ def open_codec(data: DataConfig, device: torch.device) -> LatentCodec:
         ValueError: If there is no VAE, none that the codec knows how to use, or one with statistics per channel of its
             own where those of the data are wanted.
     """
-    if data.source == "digits":
-        make_digits_vae(Path(data.vae), data.holdout, data.split_seed)
+    if data.source in BUILT_IN:
+        built_in = cast(Literal["digits", "moving_digits"], data.source)
+        make_digits_vae(Path(data.vae), built_in, data.holdout, data.split_seed)
     try:
         vae = open_vae(data.vae).to(device)
         if data.latent_statistics == "vae":
@@ -121,8 +126,33 @@ def with_statistics(codec: LatentCodec, data: DataConfig, manifest: Manifest) ->
     return LatentCodec(codec.vae, manifest.latents_mean, manifest.latents_std)
 
 
-def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec) -> Extraction:
-    """Open the images, and check that their latents will fit the model before any is encoded.
+def image_steps(config: Config, codec: LatentCodec) -> ImageSteps | None:
+    """Decide how steps on single frames take them.
+
+    Args:
+        config: Says how many steps that are.
+        codec: Says what a latent frame is: a frame, or with a video VAE several of them, but for the first.
+
+    Returns:
+        That; None where no step is of single frames.
+
+    Raises:
+        ValueError: If the VAE cannot encode a single frame, so that none of its latent frames is an image's.
+    """
+    data = config.data
+    if not data.image_steps:
+        return None
+    try:
+        codec.latent_size((1, data.resolution, data.resolution))
+    except ValueError as error:
+        raise ValueError(
+            f"data.image_steps is {data.image_steps}, and data.vae takes no single frame: {error}"
+        ) from error
+    return ImageSteps(data.image_steps, config.train.batch_size, first=codec.temporal_stride > 1)
+
+
+def open_extraction(config: Config, model: IwinDiTCore, codec: LatentCodec) -> Extraction:
+    """Open the images or clips, and check that their latents will fit the model before any is encoded.
 
     Args:
         config: The configuration.
@@ -148,6 +178,7 @@ def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: Lat
         class_names=Path(data.class_names) if data.class_names else None,
         num_classes=config.model["num_classes"],
         part_size=data.shard_size,
+        clips=data.clips,
     )
     settings = EncodeSettings(
         resolution=data.resolution,
@@ -156,6 +187,7 @@ def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: Lat
         dtype=data.latents_dtype,
         shard_size=data.shard_size,
         batch_size=data.encode_batch_size,
+        clips=data.clips,
     )
     extraction = Extraction(
         source,
@@ -173,7 +205,7 @@ def open_extraction(config: Config, model: IwinDiTTransformer2DModel, codec: Lat
     return extraction
 
 
-def model_sizes(model: IwinDiTTransformer2DModel) -> ModelSizes:
+def model_sizes(model: IwinDiTCore) -> ModelSizes:
     """Say what a model takes."""
     return ModelSizes(
         latent_channels=model.config.in_channels,
@@ -200,4 +232,5 @@ def _wanted(data: DataConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
         "posterior": data.posterior,
         "flips": data.flips,
         "dtype": data.latents_dtype,
+        "clips": None if data.clips is None else dataclasses.asdict(data.clips),
     }

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -19,9 +20,9 @@ from ..evaluation.samples import SampledImages, Sampling
 from ..evaluation.suite import METRICS, reported_names
 from ..files import write_json
 from ..metrics.digits import IMAGE_SIZE
-from ..models import IwinDiTTransformer2DModel
+from ..models.transformer import IwinDiTCore
 from .best import SCORE, Score, record_path
-from .config import Config, EvalConfig
+from .config import Config
 from .pictures import build_pipeline, model_from
 from .ranks import main_first
 from .state import TrainState, whole_weights
@@ -30,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 # What changes neither an image nor what it is compared with, and the reference, of which the content counts: values
 # compare whatever these are.
-NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "reference")
+NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "i3d", "reference")
 
 
 def open_evaluator(
     config: Config,
     accelerator: Accelerator,
-    model: IwinDiTTransformer2DModel,
+    model: IwinDiTCore,
     codec: LatentCodec,
     class_names: tuple[str, ...],
 ) -> Evaluator | None:
@@ -58,16 +59,19 @@ def open_evaluator(
     """
     if not config.eval.every:
         return None
-    if "frechet_digits" in config.eval.metric_names and config.data.resolution != IMAGE_SIZE:
+    small = [name for name in config.eval.metric_names if name in ("frechet_digits", "moving_digits")]
+    if small and config.data.resolution != IMAGE_SIZE:
         raise ValueError(
-            f"frechet_digits is of images of {IMAGE_SIZE} pixels, and data.resolution is {config.data.resolution}: "
+            f"{small[0]} is of images of {IMAGE_SIZE} pixels, and data.resolution is {config.data.resolution}: "
             "give other --eval.metrics. Without evaluation: --eval.every 0"
         )
 
     def opened() -> Evaluator:
         with _refusing():
-            _samples(config, model, codec, class_names, step=0)
-            return Evaluator(_request(config.eval), accelerator.device)
+            samples = _samples(config, model, codec, class_names, step=0)
+            evaluator = Evaluator(_request(config), accelerator.device)
+            evaluator.check(samples)
+            return evaluator
 
     evaluator = main_first(accelerator, opened)
     with _refusing():
@@ -136,7 +140,7 @@ def evaluation_is_missing(config: Config, step: int) -> bool:
 
 
 def _samples(
-    config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec, class_names: tuple[str, ...], step: int
+    config: Config, model: IwinDiTCore, codec: LatentCodec, class_names: tuple[str, ...], step: int
 ) -> SampledImages:
     """The samples of an evaluation, none of them drawn yet; a ValueError if the sampler cannot be set so."""
     settings = config.eval
@@ -145,14 +149,20 @@ def _samples(
     return SampledImages(build_pipeline(config, model, codec, class_names), settings.num_samples, sampling, about)
 
 
-def _request(settings: EvalConfig) -> Request:
+def _request(config: Config) -> Request:
+    settings, clips = config.eval, config.data.clips
+    cut: dict[str, Any] = {} if clips is None else {"frames": clips.frames}
+    if clips is not None and settings.metric_names == ("fvd",):  # real clips are cut and cropped as those trained on
+        cut |= {"stride": clips.frame_stride, "frame_rate": clips.frame_rate, "resolution": config.data.resolution}
     return Request(
         metrics=settings.metric_names,
         reference=settings.reference,
         protocol=settings.protocol,
         inception_weights=None if settings.inception_weights is None else Path(settings.inception_weights),
         dinov2=settings.dinov2,
+        i3d=None if settings.i3d is None else Path(settings.i3d),
         batch_size=settings.batch_size,
+        **cut,
     )
 
 

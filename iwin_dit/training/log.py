@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from .config import Config
 from .validation import TIME_BINS, loss_summary
@@ -97,6 +99,21 @@ class MetricsLog:
                 flat[name] = value
         self._track(lambda: self.accelerator.log(flat, step=step))
 
+    def show(self, step: int, name: str, picture: Path) -> None:
+        """Pass a picture to the tracker, on the main process; TensorBoard and W&B play a GIF that moves.
+
+        Args:
+            step: Optimizer steps done.
+            name: What it shows.
+            picture: PNG or GIF file.
+        """
+
+        def pass_on() -> None:
+            for tracker in self.accelerator.trackers:
+                _show(tracker, step, name, picture)
+
+        self._track(pass_on)
+
     def close(self) -> None:
         """Let the tracker finish."""
         self._track(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
@@ -142,6 +159,19 @@ class MetricsLog:
         except Exception:  # whatever a tracker's client raises when its server, disk or network is gone
             self.tracking = False
             logger.warning("the tracker failed and is off from now on; metrics.jsonl goes on", exc_info=True)
+
+
+def _show(tracker: GeneralTracker, step: int, name: str, picture: Path) -> None:
+    """Pass a picture on as it is: what Accelerate offers for TensorBoard takes apart what moves."""
+    if tracker.name != "tensorboard":
+        tracker.log_images({name: [str(picture)]}, step=step)
+        return
+    from torch.utils.tensorboard.summary import Summary  # type: ignore[attr-defined]  # tensorboard's own
+
+    with Image.open(picture) as opened:
+        width, height = opened.size
+    image = Summary.Image(encoded_image_string=picture.read_bytes(), width=width, height=height, colorspace=3)
+    tracker.tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
 
 def _finite(value: float | Sequence[float]) -> float | list[float | None] | None:

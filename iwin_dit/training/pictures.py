@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 
 from ..data.codec import LatentCodec
-from ..models import IwinDiTTransformer2DModel
-from ..pipelines import IwinDiTPipeline
+from ..models.transformer import IwinDiTCore
+from ..pipelines.base import IwinDiTPipelineBase
+from ..pipelines.image import IwinDiTPipeline
 from ..pipelines.loading import EXPORT_RECORD
-from ..pipelines.pictures import image_grid, side_by_side
+from ..pipelines.pictures import GIF_MAX_FPS, clip_grid, image_grid, save_gif, side_by_side
+from ..pipelines.video import IwinDiTVideoPipeline
 from .config import Config
 
 
-def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTTransformer2DModel:
+def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTCore:
     """Build the model around weights that are there already, which it shares.
 
     Args:
@@ -34,12 +36,12 @@ def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTTr
 
 
 def build_pipeline(
-    config: Config, model: IwinDiTTransformer2DModel, codec: LatentCodec, class_names: tuple[str, ...]
-) -> IwinDiTPipeline:
+    config: Config, model: IwinDiTCore, codec: LatentCodec, class_names: tuple[str, ...]
+) -> IwinDiTPipelineBase:
     """Put a model, the VAE, the objective's sampler and the class names together.
 
     Args:
-        config: Names the objective.
+        config: Names modality, objective and frame rate.
         model: Trained or averaged.
         codec: Holds the VAE, and statistics of the data where these normalise the latents.
         class_names: By label.
@@ -47,26 +49,27 @@ def build_pipeline(
     Returns:
         The pipeline, without a progress bar.
     """
-    pipeline = IwinDiTPipeline(
-        model,
-        codec.vae,
-        config.build_objective().scheduler(),
-        id2label=dict(enumerate(class_names)),
-        latents_mean=codec.given_statistics.get("latents_mean"),
-        latents_std=codec.given_statistics.get("latents_std"),
-    )
+    parts = {
+        "transformer": model,
+        "vae": codec.vae,
+        "scheduler": config.build_objective().scheduler(),
+        "id2label": dict(enumerate(class_names)),
+        "latents_mean": codec.given_statistics.get("latents_mean"),
+        "latents_std": codec.given_statistics.get("latents_std"),
+    }
+    pipeline = IwinDiTPipeline(**parts) if config.fps is None else IwinDiTVideoPipeline(**parts, fps=config.fps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def preview(
     config: Config,
-    models: Mapping[str, IwinDiTTransformer2DModel],
+    models: Mapping[str, IwinDiTCore],
     codec: LatentCodec,
     class_names: tuple[str, ...],
     path: Path,
     stopping: Callable[[], bool],
-) -> None:
+) -> Path | None:
     """Save grids of samples side by side, a row per class; the same seeds every time and on every side.
 
     Args:
@@ -74,21 +77,35 @@ def preview(
         models: By the title of their side; on the VAE's device one at a time.
         codec: Holds the VAE.
         class_names: By label.
-        path: PNG to write.
+        path: File to write, without its suffix: PNG of images, a GIF of clips, which moves.
         stopping: Asked after every sampler step; true ends the preview, and nothing is written.
+
+    Returns:
+        The file; None where the preview was ended.
     """
-    grids = []
+    grids = []  # a list of frames for every model, one frame of images
     for model in models.values():
         grid = _sample_grid(config, build_pipeline(config, model.to(codec.vae.device), codec, class_names), stopping)
         model.to("cpu")
         if grid is None:
-            return
+            return None
         grids.append(grid)
+    pages = [side_by_side(frames, list(models)) for frames in zip(*grids, strict=True)]
     path.parent.mkdir(exist_ok=True)
-    side_by_side(grids, list(models)).save(path)
+    if config.fps is None:
+        path = path.with_suffix(".png")
+        pages[0].save(path)
+    else:
+        path = path.with_suffix(".gif")
+        save_gif(pages, path, min(config.fps, GIF_MAX_FPS))
+    return path
 
 
-def _sample_grid(config: Config, pipeline: IwinDiTPipeline, stopping: Callable[[], bool]) -> Image.Image | None:
+def _sample_grid(
+    config: Config, pipeline: IwinDiTPipelineBase, stopping: Callable[[], bool]
+) -> list[Image.Image] | None:
+    """Sample a grid, the frames of one where the pipeline makes clips; None where that was ended."""
+
     def interrupt(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
         pipe._interrupt = stopping()
         return tensors
@@ -98,7 +115,7 @@ def _sample_grid(config: Config, pipeline: IwinDiTPipeline, stopping: Callable[[
     rows = []
     for label in classes:
         generators = [torch.Generator().manual_seed(seed) for seed in range(log.preview_columns)]
-        (images,) = pipeline(
+        (samples,) = pipeline(
             [label] * log.preview_columns,
             num_inference_steps=log.preview_steps,
             guidance_scale=log.preview_guidance_scale,
@@ -108,11 +125,12 @@ def _sample_grid(config: Config, pipeline: IwinDiTPipeline, stopping: Callable[[
         )
         if pipeline.interrupt:
             return None
-        rows.append(images)
-    return image_grid(rows, [pipeline.id2label[label].split(",")[0] for label in classes])
+        rows.append(samples)
+    labels = [pipeline.id2label[label].split(",")[0] for label in classes]
+    return [image_grid(rows, labels)] if config.fps is None else clip_grid(rows, labels)
 
 
-def export(pipeline: IwinDiTPipeline, folder: Path, step: int) -> None:
+def export(pipeline: IwinDiTPipelineBase, folder: Path, step: int) -> None:
     """Write the pipeline folder, replacing the last one only when complete.
 
     Args:

@@ -1,6 +1,7 @@
 """The run folder: whether it may be used, its record, its lock. What lies in checkpoints/ is checkpoint.py's.
 
     runs/<name>/.lock  config.json  metrics.jsonl  previews/  pipeline/  checkpoints/  evaluations/  best.json
+                init_from.json
 
 Nothing is deleted before `open_run`, and by it only what a run left there, with --overwrite.
 """
@@ -25,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 RECORD = "config.json"
+INITIAL = "init_from.json"  # whose weights the run started from, where it did not start from random ones
 # What training leaves in a run folder, and --overwrite deletes; the record last, so that a deletion cut short can be
 # started again. The lock stays, for it is held.
 OF_A_RUN = (
     *("checkpoints", "previews", "pipeline", ".pipeline.tmp", "metrics.jsonl", ".metrics.tmp"),
-    *("evaluations", "best.json", "tensorboard", "wandb", "wandb-id", RECORD),
+    *("evaluations", "best.json", "tensorboard", "wandb", "wandb-id", INITIAL, RECORD),
 )
 
 # Keys that may differ when a run goes on: they decide what is shown, kept or run, not what is learned. The precision is
@@ -64,7 +66,7 @@ def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
     if config.overwrite:
         return
     # a key that is newer than the record had its default, whatever it does now
-    before, now = _defaults() | _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
+    before, now = _defaults(config) | _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
     free_sections = ("log.", "eval.", "packages.", *(() if resolved is not None else ("resolved.",)))
     changed = sorted(
         key
@@ -192,9 +194,9 @@ def _compare_packages(record: Path) -> None:
         logger.warning("from here on, the run is not bit for bit what it would have been: %s", ", ".join(changed))
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(config: Config) -> dict[str, Any]:
     """The defaults of all keys, as `_flatten` names them and JSON gives them back."""
-    defaults = build_parser(prog="").get_defaults().as_dict()
+    defaults = build_parser("", config.modality).get_defaults().as_dict()
     del defaults["config"]  # names a file of the command line, and is no key
     return _flatten(json.loads(json.dumps(defaults)))
 

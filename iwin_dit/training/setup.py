@@ -17,8 +17,8 @@ from ..data.latents import LatentDataset
 from ..data.manifest import MANIFEST
 from ..diffusion import Objective
 from ..evaluation.evaluator import Evaluator
-from ..files import sha256
-from ..models import IwinDiTTransformer2DModel
+from ..files import sha256, write_json
+from ..models.transformer import IwinDiTCore
 from .batches import MicroBatches
 from .best import drop_evaluations_after, restore_best
 from .checkpoint import (
@@ -29,12 +29,13 @@ from .checkpoint import (
     standing_checkpoints,
 )
 from .config import Config
-from .data import open_data
+from .data import image_steps, open_data
 from .ema import EMA
 from .evaluation import open_evaluator
+from .initial import load_initial
 from .log import MetricsLog
 from .ranks import main_first
-from .run import check_run, open_run
+from .run import INITIAL, check_run, open_run
 from .state import TrainState
 from .summary import describe
 
@@ -106,6 +107,9 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     set_seed(config.train.seed)
     model = config.build_model()
     run = Path(config.run)
+    standing = list_checkpoints(run / "checkpoints")
+    goes_on = bool(standing) and not config.overwrite
+    initial = None if goes_on else main_first(accelerator, lambda: load_initial(config, model))
     codec, train_data, held_out = main_first(accelerator, lambda: open_data(config, model, accelerator))
     manifest = same_manifest(config, accelerator)
     if not len(held_out) and config.log.validate_every:
@@ -116,15 +120,25 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     evaluator = open_evaluator(config, accelerator, model, codec, held_out.manifest.class_names)
     resolved = {"mixed_precision": accelerator.mixed_precision, "latents_manifest_sha256": manifest}
     kept = config.log.keep_last + (evaluator is not None)  # the best one
-    coming = max(1, kept + 1 - len(list_checkpoints(run / "checkpoints")))
+    coming = max(1, kept + 1 - len(standing))
     bytes_needed = coming * CHECKPOINT_BYTES * model.num_parameters()
 
     def take_run_folder() -> None:
         if accelerator.is_main_process:
             resources.enter_context(open_run(config, resolved, bytes_needed))
+            if initial is not None:
+                write_json(run / INITIAL, initial)
 
     main_first(accelerator, take_run_folder)
     logger.info("%s", describe(config, micro_batch))
+    if initial is not None:
+        logger.info(
+            "initial      the weights of %s (%s, step %s)", *(initial[key] for key in ("path", "weights", "step"))
+        )
+        if initial["codec_sha256"] not in (None, codec.fingerprint()):
+            logger.warning(
+                "they were trained on latents of another VAE, or normalised otherwise, than those of this run"
+            )
     logger.info("data         %d latents to train on, %d held out", len(train_data), len(held_out))
     logger.info(
         "batch        %d = %d process(es) x %d micro-batch(es) x %d, on %s, %d CPU thread(s) each, precision %s",
@@ -140,6 +154,7 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
         shares=config.data.shares,
         flips=config.data.flips,
         posterior=config.data.posterior == "mean_std",
+        image_steps=image_steps(config, codec),
     )
     return Training(
         config=config,
@@ -201,7 +216,7 @@ def same_manifest(config: Config, accelerator: Accelerator) -> str:
 
 
 def open_state(
-    config: Config, accelerator: Accelerator, model: IwinDiTTransformer2DModel, run: Path
+    config: Config, accelerator: Accelerator, model: IwinDiTCore, run: Path
 ) -> tuple[TrainState, torch.nn.Module]:
     """Build optimizer and average, hand model and optimizer to Accelerate, and resume from a checkpoint.
 

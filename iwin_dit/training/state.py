@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..models import IwinDiTTransformer2DModel
+from ..models.transformer import IwinDiTCore
 from ..pipelines.loading import CHECKPOINT_WEIGHTS  # load_pipeline reads them
 from .ema import EMA
 from .sharding import gather, read_tensors, scatter
@@ -61,8 +61,8 @@ class TrainState:
         skipped: Steps whose loss or gradient was not finite.
     """
 
-    model: IwinDiTTransformer2DModel
-    ema: EMA[IwinDiTTransformer2DModel]
+    model: IwinDiTCore
+    ema: EMA[IwinDiTCore]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     step: int = 0

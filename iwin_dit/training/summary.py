@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import IwinDiTTransformer2DModel
+from ..models.transformer import IwinDiTCore
 from .config import Config
 
 STATE_BYTES = 20  # per parameter in float32: weight 4, gradient 4, Adam moments 8, average 4
@@ -30,21 +30,21 @@ def describe(config: Config, samples_per_pass: int) -> str:
         model.enable_gradient_checkpointing()
     parameters = sum(p.numel() for p in model.parameters())
     flops, activations = _measure(model, lambda: model(*inputs, return_dict=False)[0])
-    gib = 1024**3
+    gib, sample = 1024**3, config.sample_word
     return "\n".join(
         [
             f"model        {type(model).__name__}, {parameters / 1e6:.2f}M parameters",
-            f"tokens       {math.prod(model.base_grid)} per image, grid {model.base_grid}, window {model.window_size}",
-            f"exchange     {model.global_exchange()}",
-            f"arithmetic   {flops / 2e9:.3f} GMACs per image, forward ('Gflops' in DiT's tables)",
+            f"tokens       {math.prod(model.base_grid)} per {sample}, grid {model.base_grid}",
+            *(f"exchange     {exchange}" for exchange in model.global_exchange()),
+            f"arithmetic   {flops / 2e9:.3f} GMACs per {sample}, forward ('Gflops' in DiT's tables)",
             f"memory       {parameters * STATE_BYTES / gib:.2f} GiB for weights, gradients, Adam and average",
             f"             {activations * samples_per_pass / gib:.2f} GiB for the activations of {samples_per_pass} "
-            "images per pass, in float32; about half in bf16",
+            f"{sample}s per pass, in float32; about half in bf16",
         ]
     )
 
 
-def _measure(model: IwinDiTTransformer2DModel, forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
+def _measure(model: IwinDiTCore, forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
     """Return FLOPs of a forward pass and bytes it keeps for the backward pass, weights not counted."""
     weights = {id(p) for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
