@@ -8,36 +8,76 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from benchmarks import block, data, evaluation, protocols, published
 from benchmarks.measure import peak_memory, quartiles, time_interleaved
+from iwin_dit.nn import IwinAttention
+from iwin_dit.nn.windows import per_axis
+from tests.tools import relative_error
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 TINY = ["--width", "16", "--heads", "2", "--batch-tokens", "64", "--repeats", "2", "--threads", "1"]
+IMAGE = block.Shape(grid=(8, 8), width=16, heads=2, kernel=(3, 3))
+CLIP = block.Shape(grid=(4, 4, 4), width=16, heads=2, kernel=(2, 3, 3))
+WINDOWS = {IMAGE: [(2, 2), (4, 4)], CLIP: [(2, 2, 2), (2, 4, 1)]}
+
+
+@pytest.fixture(params=[IMAGE, CLIP], ids=["image", "video"])
+def shape(request):
+    return request.param
 
 
 @pytest.fixture
-def sides():
+def sides(shape):
     torch.manual_seed(0)
-    return block.build_sides(side=8, width=16, heads=2, kernel=3, windows=[2, 4])
+    return block.build_sides(shape, WINDOWS[shape])
 
 
 @pytest.fixture
-def inputs():
+def inputs(shape):
     torch.manual_seed(1)
-    return block.random_inputs(side=8, batch=2, width=16, device=CPU, dtype=torch.float32)
+    return block.random_inputs(shape, batch=2, device=CPU, dtype=torch.float32)
 
 
-def test_sides_agree(sides, inputs):
+def test_sides_agree(shape, sides, inputs):
     errors = block.check_agreement(sides, inputs)
-    assert set(errors) == {"iwin 2", "iwin 4", "global"}
+    names = {IMAGE: {"iwin 2x2", "iwin 4x4"}, CLIP: {"iwin 2x2x2", "iwin 2x4x1", "spatial", "temporal"}}
+    assert set(errors) == {*names[shape], "global"}
     assert max(errors.values()) < 1e-5
+
+
+def test_the_straightforward_attention_is_dense_attention_under_a_mask(shape, sides, inputs):
+    """Lemma 1: token i attends to token j if and only if i = j (mod G) on every axis."""
+    i = torch.cartesian_prod(*map(torch.arange, shape.grid))  # (|S|, rank)
+    heads = (shape.heads, shape.width // shape.heads)
+    for name, side in sides.items():
+        if not isinstance(attn := side.attn, IwinAttention) or name == "floor":
+            continue
+        window = per_axis(attn.window_size, len(shape.grid), "window")
+        groups = torch.tensor([1 if m == -1 else n // m for n, m in zip(shape.grid, window, strict=True)])
+        mask = ((i[:, None] - i[None, :]) % groups == 0).all(-1)
+        x = inputs[0].flatten(1, -2)
+        q, k, v = (f(x).unflatten(-1, heads).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        dense = F.scaled_dot_product_attention(attn.norm_q(q), attn.norm_k(k), v, attn_mask=mask)
+        dense = attn.to_out(dense.transpose(1, 2).flatten(2)).view_as(inputs[0])
+        assert relative_error(block.FourCopyAttention(attn)(inputs[0]), dense) < 1e-5, name
+
+
+def test_the_factorised_blocks_attend_within_a_frame_and_at_one_place():
+    torch.manual_seed(0)
+    blocks = block.build_sides(CLIP, [])
+    x = torch.randn(1, *CLIP.grid, CLIP.width, requires_grad=True)
+    for name, reached in (("spatial", (0, 1)), ("temporal", (0, slice(None), 2, 3))):
+        seen = torch.autograd.grad(blocks[name].attn(x)[0, 1, 2, 3].sum(), x)[0].any(-1)  # (B, T, H, W)
+        assert seen.sum() == seen[reached].sum() == seen[reached].numel()
 
 
 def test_windows_matter(sides, inputs):
     """The agreement above is none of branches that cancel: sides of different windows do differ."""
-    outputs = [sides[name](*inputs[:2]) for name in ("iwin 2", "iwin 4", "global", "floor")]
+    outputs = [side(*inputs[:2]) for name, side in sides.items() if "four-copy" not in name]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
             assert (a - b).abs().max() > 1e-2
@@ -45,44 +85,71 @@ def test_windows_matter(sides, inputs):
 
 @pytest.mark.parametrize("branch", ["attn", "conv"])
 def test_disagreement_is_loud(sides, inputs, branch):
-    with torch.no_grad():
-        next(sides["four-copy 4"].get_submodule(branch).parameters()).mul_(1.1)
-    with pytest.raises(RuntimeError, match="'iwin 4' and its straightforward twin must agree"):
+    sides["global"].get_submodule(branch).register_forward_hook(lambda module, given, output: 1.1 * output)
+    with pytest.raises(RuntimeError, match="'global' and its straightforward twin must agree"):
         block.check_agreement(sides, inputs)
 
 
-def test_neighbours_instead_of_interleaved_disagree(sides, inputs):
-    sides["iwin 4"].attn.interleaved = False
-    with pytest.raises(RuntimeError, match="iwin 4"):
+def test_neighbours_instead_of_interleaved_disagree(shape, sides, inputs):
+    name = f"iwin {block.by_axes(WINDOWS[shape][0])}"
+    sides[name].attn.interleaved = False
+    with pytest.raises(RuntimeError, match=name):
         block.check_agreement(sides, inputs)
 
 
-def test_the_floor_maps_tokens_on_their_own_and_trains_every_layer(sides, inputs):
+def test_the_floor_maps_tokens_on_their_own_and_trains_every_layer(shape, sides, inputs):
     x, conditioning, _ = inputs
-    seen = torch.autograd.grad(sides["floor"](x, conditioning)[0, 3, 5].sum(), x)[0].any(-1)
-    assert seen.nonzero().tolist() == [[0, 3, 5]]
+    place = (0, 3, 2, 1)[: len(shape.grid) + 1]
+    seen = torch.autograd.grad(sides["floor"](x, conditioning)[place].sum(), x)[0].any(-1)
+    assert seen.nonzero().tolist() == [list(place)]
     assert all(gradient.any() for gradient in block.gradients(sides["floor"], inputs))
 
 
+def test_the_linear_layers_are_those_of_the_floor(sides, inputs):
+    linear = block.LinearLayers(sides["global"])
+    assert all(gradient.any() for gradient in block.gradients(linear, [inputs[0], inputs[2]]))
+    modulation = sum(p.numel() for p in sides["global"].modulation.parameters())
+    of_the_block = sum(p.numel() for m in sides["global"].modules() if isinstance(m, nn.Linear) for p in m.parameters())
+    assert sum(p.numel() for p in linear.parameters()) == of_the_block - modulation
+
+
+def test_torch_convolves_alike_with_and_without_copies(shape, sides, inputs):
+    conv = sides["global"].conv
+    expected = block.gradients(conv, [inputs[0], inputs[2]])
+    for copies in (True, False):
+        ours = block.gradients(block.TorchConv(conv, copies), [inputs[0], inputs[2]])
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
+
+
 def test_multiply_adds():
-    macs = block.count_macs(side=8, width=16, heads=2, kernel=3, windows=[4])
     linear = 64 * (4 * 16**2 + 3 * 16 * int(2 / 3 * 64)) + 7 * 16**2  # projections, SwiGLU; modulation, once a sample
     convolution = 9 * 64 * 16
-    assert macs == {
+    assert block.count_macs(IMAGE, [(4, 4)]) == {
         "floor": linear,
         "global": linear + convolution + 2 * 64 * 64 * 16,
-        "iwin 4": linear + convolution + 2 * 16 * 64 * 16,
-        "four-copy 4": linear + convolution + 2 * 16 * 64 * 16,
+        "iwin 4x4": linear + convolution + 2 * 16 * 64 * 16,
+        "four-copy 4x4": linear + convolution + 2 * 16 * 64 * 16,
+    }
+    convolution += 9 * (64 - 16) * 16  # the tap that reads the frame before, of which the first frame has none
+    assert block.count_macs(CLIP, [(2, 2, 2)]) == {
+        "floor": linear,
+        "global": linear + convolution + 2 * 64 * 64 * 16,
+        "iwin 2x2x2": linear + convolution + 2 * 8 * 64 * 16,
+        "spatial": linear + convolution + 2 * 16 * 64 * 16,
+        "temporal": linear + convolution + 2 * 4 * 64 * 16,
     }
 
 
-def test_window_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"must divide the grid, got window 3 for 8 x 8"):
-        block.build_sides(side=8, width=16, heads=2, kernel=3, windows=[3])
+def test_the_mean_of_two_blocks():
+    first, second = block.Measured([1.0, 4.0], 10, 2.0, 0.1), block.Measured([3.0, 2.0], 20, 6.0, 0.2)
+    assert block.mean_of(first, second) == block.Measured([2.0, 3.0], 15, 4.0, 0.2)
 
 
 def test_windows_measured():
-    assert [block.windows_for(side, 3) for side in (8, 16, 32, 64)] == [[8, 4], [8], [8, 16], [16, 32]]
+    squares = [block.windows_for(block.Shape((side, side), 16, 2, (3, 3))) for side in (8, 16, 32, 64)]
+    assert squares == [[(8, 8), (4, 4)], [(8, 8)], [(8, 8), (16, 16)], [(16, 16), (32, 32)]]
+    clips = [block.windows_for(block.Shape(grid, 16, 2, block.VIDEO.kernel)) for grid in block.VIDEO.grids]
+    assert clips == [[(8, 8, 8), (4, 8, 8)], [(8, 8, 8)], [(8, 8, 8), (8, 16, 16)]]
 
 
 def test_peak_memory():
@@ -107,11 +174,11 @@ def test_rounds_are_interleaved_and_warm_up_is_not_counted():
 def test_command(tmp_path, capsys):
     out = tmp_path / "run.json"
     threads = torch.get_num_threads()
-    block.main([*TINY, "--tokens", "64", "--out", str(out)])
+    block.main([*TINY, "--grids", "8x8", "--out", str(out)])
     torch.set_num_threads(threads)
     record = json.loads(out.read_text())
     assert {"device", "threads", "commit", "packages", "load_average_before"} <= set(record["machine"])
-    assert record["settings"]["tokens"] == [64]
+    assert record["settings"]["grids"] == [[8, 8]]
     assert [row["global_exchange"]["window"] for row in record["rows"]] == [[8, 8], [4, 4]]
     for row in record["rows"]:
         assert row["batch"] == 1
@@ -123,11 +190,37 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == block.table(record["rows"])
 
 
+def test_video_command(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    threads = torch.get_num_threads()
+    block.main([*TINY, "--video", "--grids", "8x4x4", "--out", str(out)])
+    torch.set_num_threads(threads)
+    record = json.loads(out.read_text())
+    assert record["settings"]["kernel"] == [2, 3, 3]
+    assert [row["global_exchange"]["window"] for row in record["rows"]] == [[8, 4, 4], [4, 2, 2]]
+    for row in record["rows"]:
+        assert row["batch"] == 1  # a sample larger than --batch-tokens is a batch of its own
+        assert set(row["sides"]) == {"iwin", "global", "spatial", "temporal", "factorised", "floor"}
+        assert set(row["ratios"]) == {"global / iwin", "factorised / iwin", "iwin / floor"}
+        assert row["ratios"]["factorised / iwin"]["time"][0] > 0
+        macs = {name: side["forward_gmacs_per_sample"] for name, side in row["sides"].items()}
+        assert macs["factorised"] == (macs["spatial"] + macs["temporal"]) / 2
+    assert record["rows"][0]["ratios"]["global / iwin"]["macs"] == 1  # a window of 8 is the whole grid
+    assert [row["grid"] for row in record["convolution"]] == [[8, 4, 4]]
+    for row in record["convolution"]:
+        assert set(row["share_of_linear"]) == {"taps", "conv3d", "conv3d with copies"}
+        assert min(min(share) for share in row["share_of_linear"].values()) > 0
+    assert capsys.readouterr().out.strip() == block.tables(record)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "200"], "square number of tokens"),
-        (["--tokens", "256", "--batch-tokens", "300"], "multiple of every --tokens"),
+        (["--grids", "16x0"], "positive integer, got 0"),
+        (["--grids", "16x16x16"], "of 2 axes without --video, got 16x16x16, 3x3"),
+        (["--video", "--kernel", "3x3"], "of 3 axes with --video"),
+        (["--grids", "12x12"], "must divide the grid, got window 8x8 for 12x12 tokens"),
+        (["--grids", "16x16", "--batch-tokens", "300"], "multiple of the 256 tokens of 16x16, or fewer, got 300"),
         (["--repeats", "0"], "positive integer, got 0"),
         (["--dtype", "float16"], "invalid choice"),
     ],
@@ -228,7 +321,8 @@ def test_the_pages_show_the_stored_runs():
     blocks = sorted(results.glob("cpu-*.json"))
     assert blocks
     for path in blocks:
-        assert block.table(json.loads(path.read_text())["rows"]) in pages["performance.md"]
+        record = json.loads(path.read_text())
+        assert block.tables(record) in pages["performance.md"]
     stored = json.loads((results / "evaluation-cpu-2cores.json").read_text())
     assert evaluation.tables(stored) in pages["evaluation.md"]
     assert protocols.table(json.loads((results / "protocols.json").read_text())["rows"]) in pages["evaluation.md"]
