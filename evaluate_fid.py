@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from iwin_dit.evaluation.videos import VideoFiles
     from iwin_dit.metrics.images import ImageArray, ImageFiles, ImageZip
     from iwin_dit.metrics.network import FeatureNetwork
+    from iwin_dit.pipelines import IwinDiTVideoPipeline
 
     Pictures = SampledImages | KeptSamples | StoredSamples
 
@@ -46,11 +47,12 @@ Result = TypeVar("Result")
 
 COMMANDS = ("evaluate", "reference", "sweep")
 PROTOCOLS = ("adm", "pytorch-fid", "clean")
-DEFAULT_SAMPLES, DEFAULT_CLIPS, DIGITS_SAMPLES = 50_000, 2048, 500
+DEFAULT_SAMPLES, FVD_CLIPS, DIGITS_SAMPLES, MOVING_DIGITS_CLIPS = 50_000, 2048, 500, 200
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 3  # the pipeline's, for --help, which has no time to import it
 DEFAULT_CLASSES = 1000
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
-CLIPS = ("i3d", "frames", "stride", "frame_rate", "resolution")
+CLIPS = ("i3d", "frames", "stride", "frame_rate", "resolution", "max_broken", "num_real")
+FILES = ("i3d", "frame_rate", "max_broken", "num_real")  # of them, what has a meaning for files alone
 SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
 
 
@@ -90,9 +92,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--images", type=Path, help="generated images: a folder, a .zip, or an .npz (arr_0)")
     fake.add_argument("--videos", type=Path, help="generated clips: a folder of videos, or of folders of frames")
     _add_measuring(parser)
-    parser.add_argument("--num-samples", type=int, help="default 50000, clips 2048, digits 500; of files: all")
+    parser.add_argument("--num-samples", type=int, help="default 50000, fvd 2048, digits 500, moving 200; of files: all")
     parser.add_argument("--steps", type=int, help=f"sampling steps; default {DEFAULT_STEPS}")
-    parser.add_argument("--guidance", type=float, help=f"guidance scale, 1: none; default {DEFAULT_GUIDANCE}")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help=f"guidance scale, 1: none; default {DEFAULT_GUIDANCE}, of models trained without class dropout 1",
+    )
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
     )
@@ -129,10 +135,14 @@ def _add_reference(parser: argparse.ArgumentParser) -> None:
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="models, checkpoint folders among them")
     _add_measuring(parser)
-    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, clips 2048, digits 500")
+    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, fvd 2048, digits 500, moving 200")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument(
-        "--guidance", type=float, nargs="+", default=[], help=f"guidance scales, 1: none; default {DEFAULT_GUIDANCE}"
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=[],
+        help=f"guidance scales, 1: none; default {DEFAULT_GUIDANCE}, of models trained without class dropout 1",
     )
     parser.add_argument(
         "--guidance-interval",
@@ -158,15 +168,23 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--i3d", type=Path, help="TorchScript file of I3D, for fvd")
     parser.add_argument("--frames", type=int, help="of each clip; default: the model's, of files 16")
     parser.add_argument(
-        "--stride", type=int, help="frames of a video, or of moving digits, from one of a clip to the next; default 1"
+        "--stride",
+        type=int,
+        help="frames of a video, or of moving digits, from one of a clip to the next. Default for a model, without "
+        "--frame-rate: both as in its training; else 1, and the files' own rate",
     )
     parser.add_argument(
         "--frame-rate",
         type=float,
-        help="frames per second at which videos are seen before --stride, as by data.frame_rate of training; default: "
-        "the model's, without --stride; of files their own",
+        help="frames per second at which videos are seen before --stride, as by data.frame_rate of training",
     )
     parser.add_argument("--resolution", type=int, help="crop videos to this square, as for training; default: no crop")
+    parser.add_argument("--num-real", type=int, help="so many of the reference's videos, a seeded choice; default all")
+    parser.add_argument(
+        "--max-broken",
+        type=int,
+        help="videos of the reference that may be left out since they cannot be opened or cut; default 0",
+    )
 
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
@@ -269,11 +287,12 @@ def _check_measuring(args: argparse.Namespace, clips: bool | None) -> None:
         if len(needing) > 1 or needing[0] not in built_in:
             raise ValueError(f"--metrics {','.join(args.metrics)} needs a --reference")
         args.reference = built_in[needing[0]]
-    if any(getattr(args, name) is not None and getattr(args, name) <= 0 for name in CLIPS[1:]):
-        given = ", ".join(str(getattr(args, name)) for name in CLIPS[1:])
+    if any(getattr(args, name) is not None and getattr(args, name) <= 0 for name in CLIPS[1:5]):
+        given = ", ".join(str(getattr(args, name)) for name in CLIPS[1:5])
         raise ValueError(f"expected --frames, --stride, --frame-rate and --resolution above 0, got {given}")
-    if args.num_samples is not None and args.num_samples < 2:
-        raise ValueError(f"expected --num-samples of at least 2, got {args.num_samples}")
+    for name, least in (("num_samples", 2), ("num_real", 2), ("max_broken", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(args, name)}")
 
 
 def _default_metrics(args: argparse.Namespace, clips: bool | None) -> tuple[str, ...]:
@@ -297,7 +316,7 @@ def _check_networks(args: argparse.Namespace) -> None:
     if "dinov2" not in {METRICS[name].network for name in args.metrics}:
         _refuse(args, ("dinov2",), wording)
     if args.command != "reference" and "fvd" not in args.metrics:
-        _refuse(args, ("i3d", "frame_rate") if args.metrics == ("moving_digits",) else CLIPS, wording)
+        _refuse(args, FILES if args.metrics == ("moving_digits",) else CLIPS, wording)
     args.protocol = args.protocol or "adm"
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
@@ -379,7 +398,9 @@ def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Eva
     """Open networks and reference, so that what is missing or broken is refused before the long work."""
     from iwin_dit.evaluation.evaluator import Evaluator, Request
 
-    cut = {name: getattr(args, name) for name in CLIPS if getattr(args, name) is not None}
+    clips = {name: getattr(args, name) for name in CLIPS if getattr(args, name) is not None}
+    if "num_real" in clips:
+        clips["real_count"] = clips.pop("num_real")
     request = Request(
         args.metrics,
         args.reference,
@@ -387,7 +408,7 @@ def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Eva
         inception_weights=args.inception_weights,
         dinov2=args.dinov2,
         batch_size=args.batch_size,
-        **cut,
+        **clips,
     )
     return Evaluator(request, accelerator.device)
 
@@ -407,15 +428,18 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
     pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
-    _settle(args, pipe)
+    warn(accelerator, _settle(args, pipe))
     return pipe, about
 
 
-def _settle(args: argparse.Namespace, pipe: "Pipeline") -> None:
+def _settle(args: argparse.Namespace, pipe: "Pipeline") -> list[str]:
     """Metrics, reference and clips as the model needs them, where the command line does not say; of a sweep its first.
 
-    Real clips are cut as those that the model was trained on: as many frames, at its rate, cropped to its size.
+    Real clips are cut as those that the model was trained on: as many frames, at that rate and stride, cropped to its
+    size. Gives warnings.
     """
+    from iwin_dit.evaluation.samples import training_cut
+
     *frames, height, width = pipe.default_size
     if getattr(args, "clips", bool(frames)) != bool(frames):
         raise ValueError("expected models that all make images, or all make clips, got both")
@@ -423,12 +447,24 @@ def _settle(args: argparse.Namespace, pipe: "Pipeline") -> None:
     _check_measuring(args, args.clips)
     _check_size(args, [height, width])
     if not frames:
-        return
+        return []
     args.frames = args.frames or frames[0]
-    if args.metrics == ("fvd",):
+    of_files = args.metrics == ("fvd",)
+    if of_files:
         args.resolution = args.resolution or (height if height == width else None)
-        if args.frame_rate is None and args.stride is None:
-            args.frame_rate = pipe.config.fps
+    if args.frame_rate is not None or args.stride is not None:
+        return []
+    recorded = training_cut(cast("IwinDiTVideoPipeline", pipe))
+    rate, args.stride = recorded or (pipe.config.fps, 1)
+    if not of_files:
+        return []
+    args.frame_rate = rate
+    if recorded is not None:
+        return []
+    return [
+        f"there is no record of how training cut its clips beside {pipe.name_or_path}: real ones are cut at {rate:g} "
+        "frames per second, at which the model's play, and stride 1; --frame-rate and --stride say otherwise"
+    ]
 
 
 def _check_size(args: argparse.Namespace, size: Sequence[int]) -> None:
@@ -464,7 +500,8 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictur
         pipe, about = open_pipeline(args.model, args, accelerator)
         samples = SampledImages(pipe, count(args), common_sampling(args), about)
         if samples.frames is not None:
-            _refuse(args, ("save_images", "save_npz"), f"{args.model}, which makes clips: sample.py writes those")
+            wording = f"{args.model}, which makes clips: `sample.py --format frames` writes those"
+            _refuse(args, ("save_images", "save_npz"), wording)
         if args.save_images is not None:
             return SavedImages(samples, args.save_images)
         return samples if args.save_npz is None else SavedArray(samples, args.save_npz)
@@ -483,7 +520,7 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictur
 
 def count(args: argparse.Namespace) -> int:
     """Number of images or clips to sample."""
-    defaults = {("frechet_digits",): DIGITS_SAMPLES, ("moving_digits",): DIGITS_SAMPLES, ("fvd",): DEFAULT_CLIPS}
+    defaults = {("frechet_digits",): DIGITS_SAMPLES, ("moving_digits",): MOVING_DIGITS_CLIPS, ("fvd",): FVD_CLIPS}
     return args.num_samples or defaults.get(args.metrics, DEFAULT_SAMPLES)
 
 
@@ -566,7 +603,8 @@ def early_warnings(args: argparse.Namespace, evaluator: "Evaluator", images: "Pi
     from iwin_dit.evaluation import report
 
     about = {"path": args.reference, **evaluator.about_reference()}
-    return report.early_warnings(about, images.image_size, args.protocol, getattr(images, "fps", None))
+    kinds = {path.suffix.lower() for path in getattr(images, "paths", ())}
+    return report.early_warnings(about, images.image_size, args.protocol, getattr(images, "fps", None), kinds)
 
 
 def warn(accelerator: "Accelerator", warnings: Sequence[str]) -> None:

@@ -104,11 +104,17 @@ def summary(folder: Path, codec: LatentCodec, num_ignored: int) -> str:
             f"{clips['frame_rate'] / clips['frame_stride']:g} per second",
         )
     if not ((std > NEAR_ONE[0]) & (std < NEAR_ONE[1])).all():
-        lines.append(
-            "WARNING: diffusion expects standard deviations near 1. Train with --data.latent_statistics data, which "
-            "normalises these latents by their own statistics; nothing needs to be extracted again"
-        )
+        lines.append("WARNING: diffusion expects standard deviations near 1. " + _advice(codec))
     return "\n".join(lines)
+
+
+def _advice(codec: LatentCodec) -> str:
+    if codec.has_own_statistics:  # which LatentCodec lets nobody replace
+        return f"{type(codec.vae).__name__} normalises by statistics of its own, which do not suit this data"
+    return (
+        "Train with --data.latent_statistics data, which normalises these latents by their own statistics; nothing "
+        "needs to be extracted again"
+    )
 
 
 def _numbers(values: torch.Tensor) -> str:

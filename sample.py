@@ -1,9 +1,10 @@
-"""Sample from a trained model: every pair of class and seed, and a grid of them; images as PNG, clips as GIF and MP4.
+"""Sample from a trained model: every pair of class and seed, and a grid of them; images as PNG, clips as GIF or MP4.
 
 python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
 """
 
 import argparse
+import importlib.util
 import inspect
 import json
 import re
@@ -14,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what needs torch is imported in the functions, so that --help answers at once
-    from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
+    from iwin_dit.evaluation.samples import Pipeline
 
-    Pipeline = IwinDiTPipeline | IwinDiTVideoPipeline
-
-CLIP_FORMATS = ("gif", "mp4")
+CLIP_FORMATS = ("gif", "mp4", "frames")
+GRID_COLUMNS = 16
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -35,7 +35,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_formats(text: str) -> list[str]:
-    """Read formats such as "gif" or "gif,mp4"."""
+    """Read formats such as "gif" or "mp4,frames"."""
     formats = text.split(",")
     if unknown := [name for name in formats if name not in CLIP_FORMATS]:
         raise argparse.ArgumentTypeError(f"expected formats among {', '.join(CLIP_FORMATS)}, got {unknown[0]!r}")
@@ -44,23 +44,15 @@ def parse_formats(text: str) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description="Sample images or clips: every pair of class and seed."
-    )
+    parser = argparse.ArgumentParser(prog="sample.py", description="Sample every pair of class and seed.")
     parser.add_argument("--model", required=True, help="run folder, checkpoint folder, pipeline folder or Hub id")
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        help="class names or indices; a name wins over an index (default: the first ten classes)",
-    )
+    parser.add_argument("--classes", nargs="+", help="names or indices, a name wins (default: the first ten classes)")
     parser.add_argument("--seeds", type=parse_seeds, default="0-7", help="such as 0-15 or 0,4,8 (default: 0-7)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the samples (default: samples)")
     parser.add_argument("--grid", type=Path, help="file for the grid (default: grid.png, of clips grid.gif, in --out)")
     parser.add_argument("--steps", type=int, help="sampler steps (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 = off (default: the pipeline's)")
-    parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which to guide"
-    )
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided noise levels")
     parser.add_argument("--guidance-channels", type=int, help="guide only the first so many latent channels")
     parser.add_argument("--height", type=int, help="pixels (default: the training size)")
     parser.add_argument("--width", type=int, help="pixels (default: the training size)")
@@ -70,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     videos = parser.add_argument_group("video models only")
     videos.add_argument("--frames", type=int, help="frames of a clip (default: as in training)")
     videos.add_argument("--fps", type=float, help="frames per second to play at (default: as in training)")
-    videos.add_argument("--format", type=parse_formats, help='"gif", "mp4" or both (default: gif,mp4)')
+    videos.add_argument("--format", type=parse_formats, help="gif, mp4 or frames, or several: gif,mp4 (the default)")
     return parser
 
 
@@ -79,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     try:
         sample(arguments)
-    except (ValueError, FloatingPointError, ImportError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         sys.exit(f"sample.py: error: {error}")
 
 
@@ -101,30 +93,32 @@ def sample(arguments: argparse.Namespace) -> None:
     # A name wins over an index: folders called 0 to 11 sort as 0, 1, 10, 11, 2, ...
     is_index = [name not in pipe.label_ids and str(name).isdecimal() for name in map(str, names)]
     classes = pipe.get_label_ids([int(n) if index else n for n, index in zip(names, is_index, strict=True)])
-
+    labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
+    columns = grid_columns(arguments, labels, settings)
     pairs = [(label, seed) for label in classes for seed in arguments.seeds]
     for folder in (arguments.out, grid.parent):
         folder.mkdir(parents=True, exist_ok=True)
     record = {"model": arguments.model, "dtype": arguments.dtype, **settings, **scheduler_and_packages(pipe)}
-    samples: list[Any] = []  # images, or lists of frames
+    shown: list[Any] = []  # images, or lists of frames, that the grid will show
     size = arguments.batch_size or (8 if is_video else 64)
     for start in tqdm(range(0, len(pairs), size), desc="sampling", unit="batch"):
         batch = pairs[start : start + size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         (new,) = pipe([label for label, _ in batch], generator=generators, return_dict=False, **settings)
-        for (label, seed), one in zip(batch, new, strict=True):
+        for i, ((label, seed), one) in enumerate(zip(batch, new, strict=True), start):
             stem = arguments.out / file_stem(pipe.id2label, label, seed)
             save_sample(one, stem, formats, {"class": label, "seed": seed, **record})
-        samples += new
+            shown += [one] * (i % len(arguments.seeds) < columns)
 
-    columns = len(arguments.seeds)
-    rows = [samples[i : i + columns] for i in range(0, len(samples), columns)]
-    labels = [pipe.id2label.get(label, str(label)).split(",")[0] for label in classes]
-    if is_video:
-        save_gif(clip_grid(rows, labels), grid, settings["fps"])
-    else:
-        image_grid(rows, labels).save(grid)
-    print(f"wrote {len(samples)} {'clips' if is_video else 'images'} to {arguments.out} and a grid to {grid}")
+    written = f"wrote {len(pairs)} {'clips' if is_video else 'images'} to {arguments.out}"
+    if shown:
+        rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+        if is_video:
+            save_gif(clip_grid(rows, labels), grid, settings["fps"])
+        else:
+            image_grid(rows, labels).save(grid)
+        written += f" and a grid of {len(shown)} to {grid}"
+    print(written)
 
 
 def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
@@ -140,9 +134,7 @@ def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
         raise ValueError(f"--device {device}: torch sees no GPU here")
     pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
     if pipe.vae is None:
-        raise ValueError(
-            f"{arguments.model} has no VAE, so it gives latents but no {pipe.sample_word}s: convert it again with --vae"
-        )
+        raise ValueError(f"{arguments.model} has no VAE, so it gives latents alone: convert it again with --vae")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -150,35 +142,51 @@ def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
 def call_settings(arguments: argparse.Namespace, pipe: "Pipeline") -> dict[str, Any]:
     """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    defaults |= {"guidance_scale": pipe.default_guidance_scale, "fps": pipe.config.get("fps")}
     defaults |= zip(("num_frames", "height", "width")[-pipe.rank :], pipe.default_size, strict=True)
-    given = {
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance,
-        "guidance_interval": arguments.guidance_interval and tuple(arguments.guidance_interval),
-        "guidance_channels": arguments.guidance_channels,
-        "height": arguments.height,
-        "width": arguments.width,
-    }
+    given = {"num_inference_steps": arguments.steps, "height": arguments.height, "width": arguments.width}
+    given |= {"guidance_scale": arguments.guidance, "guidance_channels": arguments.guidance_channels}
+    given["guidance_interval"] = arguments.guidance_interval and tuple(arguments.guidance_interval)
     if "num_frames" in defaults:
-        defaults["fps"] = pipe.config.fps
         given |= {"num_frames": arguments.frames, "fps": arguments.fps}
     elif unfit := [f"--{name}" for name in ("frames", "fps", "format") if getattr(arguments, name) is not None]:
         raise ValueError(f"{arguments.model} makes images, and video models alone take {', '.join(unfit)}")
-    return {name: defaults[name] if value is None else value for name, value in given.items()}
+    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+    size = [settings[name] for name in ("num_frames", "height", "width")[-pipe.rank :]]
+    scale, interval, channels = (settings[f"guidance_{name}"] for name in ("scale", "interval", "channels"))
+    pipe.check_inputs(size, settings["num_inference_steps"], None, scale, interval, channels, 1, "pil", ())
+    return settings
 
 
 def clip_formats(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[str]:
     """Formats to write clips in, after a check that it can be done, before the work."""
-    from iwin_dit.pipelines.pictures import check_gif, check_mp4
+    from iwin_dit.pipelines.pictures import check_gif
 
-    formats = arguments.format or list(CLIP_FORMATS)
-    try:
-        check_gif(settings["fps"])  # the grid is always one
-        if "mp4" in formats:
-            check_mp4(settings["width"], settings["height"], settings["fps"])
-    except (ValueError, ImportError) as error:
-        raise type(error)(f"{error}; --fps sets another rate, --format gif writes GIFs alone") from error
+    formats, width, height = arguments.format or ["gif", "mp4"], settings["width"], settings["height"]
+    obstacle = f"MP4 files have even sides, got {width} x {height} pixels" if width % 2 or height % 2 else None
+    if importlib.util.find_spec("av") is None:
+        obstacle = 'MP4 files need PyAV: pip install "iwin-dit[video]"'
+    if obstacle and arguments.format is None:
+        formats = ["gif"]
+        print(f"writing GIFs alone: {obstacle}")
+    elif obstacle and "mp4" in formats:
+        raise ValueError(f"{obstacle}; --format gif or --format frames does without")
+    if "gif" in formats:
+        check_gif(settings["fps"])
     return formats
+
+
+def grid_columns(arguments: argparse.Namespace, labels: Sequence[str], settings: dict[str, Any]) -> int:
+    """How many seeds of every class the grid shows; 0 where there can be none, which is said."""
+    from iwin_dit.pipelines.pictures import check_grid
+
+    columns, size = min(len(arguments.seeds), GRID_COLUMNS), (settings["width"], settings["height"])
+    try:
+        check_grid(size, columns, labels, settings.get("num_frames", 1), settings.get("fps"))
+    except ValueError as error:
+        print(f"no grid: {error}")
+        return 0
+    return columns
 
 
 def file_stem(id2label: dict[int, str], label: int, seed: int) -> str:
@@ -192,26 +200,29 @@ def file_stem(id2label: dict[int, str], label: int, seed: int) -> str:
 def scheduler_and_packages(pipe: "Pipeline") -> dict[str, Any]:
     """What decides a sample besides the model and the arguments of the call."""
     config = json.loads(pipe.scheduler.to_json_string(), parse_constant=str)  # some hold -Infinity, no JSON
-    return {
-        "scheduler": {"class": type(pipe.scheduler).__name__, **config},
-        "packages": {name: version(name) for name in ("iwin-dit", "diffusers", "torch")},
-    }
+    packages = {name: version(name) for name in ("iwin-dit", "diffusers", "torch")}
+    return {"scheduler": {"class": type(pipe.scheduler).__name__, **config}, "packages": packages}
 
 
 def save_sample(one: Any, stem: Path, formats: Sequence[str], about: dict[str, Any]) -> None:
     """Save an image with its settings in the PNG's text, under "iwin-dit"; of a clip they lie in a JSON beside it."""
     from PIL.PngImagePlugin import PngInfo
 
+    from iwin_dit.data.videos import write_video
     from iwin_dit.files import write_json
-    from iwin_dit.pipelines.pictures import save_gif, save_mp4
+    from iwin_dit.pipelines.pictures import save_frames, save_gif
 
     if not isinstance(one, list):
         info = PngInfo()
         info.add_text("iwin-dit", json.dumps(about))
         one.save(f"{stem}.png", pnginfo=info)
         return
-    for name in formats:
-        {"gif": save_gif, "mp4": save_mp4}[name](one, Path(f"{stem}.{name}"), about["fps"])
+    if "gif" in formats:
+        save_gif(one, Path(f"{stem}.gif"), about["fps"])
+    if "mp4" in formats:
+        write_video(one, Path(f"{stem}.mp4"), about["fps"])
+    if "frames" in formats:
+        save_frames(one, stem)
     write_json(Path(f"{stem}.json"), about)
 
 

@@ -1,6 +1,7 @@
 """Clips cut from videos: which frames at which rate, what is refused, and folders of them as a source."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iwin_dit.data.clips import ClipFolder, ClipSettings, cut_video, read_clip
+from iwin_dit.data.clips import ClipFolder, ClipSettings, cut_video, read_clips
 from iwin_dit.data.images import BrokenImageError, BrokenSampleError
 from iwin_dit.data.manifest import Manifest
 from iwin_dit.data.videos import BrokenVideoError, ClipFacts, decode_frames, probe_clip
@@ -38,19 +39,25 @@ def numbers(frames: list[Image.Image], step: int = 6) -> list[int]:
     return [round(float(np.asarray(frame).mean()) / step) for frame in frames]
 
 
-def write_video(path: Path, count: int, rate: Fraction | int = 8, stamps: list[int] | None = None) -> Path:
-    """A video of `greys`; `stamps` are the milliseconds at which they are shown."""
+def write_video(
+    path: Path,
+    count: int,
+    rate: Fraction | int = 8,
+    stamps: list[int] | None = None,
+    tick: Fraction = Fraction(1, 1000),
+) -> Path:
+    """A video of `greys`; `stamps` are the ticks (in seconds) at which they are shown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec, pixels, options = CODECS[path.suffix[1:]]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = H, W, pixels
         if stamps:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = tick
         for i, pixel in enumerate(greys(count)):
             frame = av.VideoFrame.from_ndarray(pixel, format="rgb24").reformat(format=pixels)
             if stamps:
-                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+                frame.pts, frame.time_base = stamps[i], tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -165,22 +172,35 @@ def test_clips_of_files(tmp_path: Path) -> None:
     ):
         facts = probe_clip(path)
         cut = cut_video(path, ClipFacts(facts.frames, H, W, rate and Fraction(rate)), clips)
-        for number in range(2):
-            frames = read_clip(path, clips, number)
-            assert {(frame.mode, frame.size) for frame in frames} == {("RGB", (W, H))}
-            assert numbers(frames) == cut[number]
+        read = read_clips(path, clips)
+        assert {(frame.mode, frame.size) for frames in read for frame in frames} == {("RGB", (W, H))}
+        assert [numbers(frames) for frames in read] == cut
+
+
+@pytest.mark.parametrize("ticks", [1, 2])
+def test_missing_frames_of_an_avi_show(tmp_path: Path, ticks: int) -> None:
+    """Its clock ticks once per frame (here, or every other tick), so a tick more is no rounding."""
+
+    def write(name: str, missing: set[int]) -> ClipFacts:
+        stamps = [i * ticks for i in range(25) if i not in missing]
+        rate = Fraction(25 * ticks)
+        return probe_clip(write_video(tmp_path / f"{name}.avi", len(stamps), rate, stamps, 1 / rate))
+
+    assert write("whole", set()) == ClipFacts(25, H, W, Fraction(25))
+    for missing in ({12}, {1}, {6, 18}, {3, 9, 15, 21}):
+        assert not write("gaps", missing).constant_rate
 
 
 def test_a_variable_rate_is_refused_and_jitter_is_not(tmp_path: Path) -> None:
     clips = ClipSettings(4, 8)
     jitter = [round(1000 * i / 25) + (-1) ** i for i in range(1, 26)]
-    assert numbers(read_clip(write_video(tmp_path / "a.mp4", 25, 25, jitter), clips)) == [6, 9, 13, 16]
+    assert [*map(numbers, read_clips(write_video(tmp_path / "a.mp4", 25, 25, jitter), clips))] == [[6, 9, 13, 16]]
     slower = [40 * i + i * i for i in range(25)]
     for suffix in ("mp4", "mkv"):
         with pytest.raises(BrokenVideoError, match=rf"b\.{suffix} has a variable frame rate"):
-            read_clip(write_video(tmp_path / f"b.{suffix}", 25, 25, slower), clips)
+            read_clips(write_video(tmp_path / f"b.{suffix}", 25, 25, slower), clips)
     with pytest.raises(BrokenVideoError, match=r"c\.mkv has 5 frames per second, expected at least data.frame_rate 8"):
-        read_clip(write_video(tmp_path / "c.mkv", 25, 5), clips)
+        read_clips(write_video(tmp_path / "c.mkv", 25, 5), clips)
 
 
 def test_frames_are_decoded_as_they_are_asked_for(tmp_path: Path) -> None:
@@ -194,19 +214,46 @@ def test_a_damaged_video_is_broken_as_a_whole(tmp_path: Path) -> None:
     """Or else its other clips would take the places of the next video's, which a split must keep together."""
     folder = write_frames(tmp_path / "a", 12)
     clips = ClipSettings(3, 8, clips_per_video=4)
-    assert [numbers(read_clip(folder, clips, j))[0] for j in range(4)] == [1, 3, 5, 7]
+    assert [numbers(frames)[0] for frames in read_clips(folder, clips)] == [1, 3, 5, 7]
     (folder / "9.png").write_bytes(b"torn")
-    for number in range(4):
-        with pytest.raises(BrokenImageError, match=r"9\.png"):
-            read_clip(folder, clips, number)
-    assert numbers(read_clip(folder, ClipSettings(3, 8))) == [4, 5, 6]  # it is not read then
+    with pytest.raises(BrokenImageError, match=r"9\.png"):
+        read_clips(folder, clips)
+    assert numbers(read_clips(folder, ClipSettings(3, 8))[0]) == [4, 5, 6]  # it is not read then
 
     Image.new("RGB", (W, H + 2)).save(folder / "9.png")
     with pytest.raises(BrokenVideoError, match="expected frames of one size in"):
-        read_clip(folder, clips)
+        read_clips(folder, clips)
 
 
 # --- folders as a source
+
+
+def test_the_clips_of_a_video_are_decoded_together(tmp_path: Path) -> None:
+    """By whichever thread comes first: after one was read the file may go, until one is read again."""
+    root = tmp_path / "videos"
+    paths = [write_frames(root / "run" / str(i), 12) for i in range(2)]
+    source = ClipFolder(root, 100, ClipSettings(4, 8, clips_per_video=4))
+    first, second, third, fourth = list(source.samples(0))[:4]
+    expected = [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8], [7, 8, 9, 10]]
+    assert numbers(third.read()) == expected[2]
+    paths[0].rename(tmp_path / "gone")
+    with ThreadPoolExecutor(3) as pool:
+        read = list(pool.map(lambda sample: numbers(sample.read()), (first, second, fourth)))
+    assert read == [expected[0], expected[1], expected[3]]
+    with pytest.raises(FileNotFoundError):
+        third.read()
+    (tmp_path / "gone").rename(paths[0])
+    assert numbers(third.read()) == expected[2]
+
+
+def test_every_clip_of_a_broken_video_is_broken(folder: Path) -> None:
+    (folder / "run" / "1" / "9.png").write_bytes(b"torn")
+    source = ClipFolder(folder, 3, ClipSettings(3, 8, clips_per_video=4))  # the parts cut through the videos
+    samples = [sample for part in range(source.num_parts) for sample in source.samples(part)]
+    for sample in samples[:4]:
+        with pytest.raises(BrokenImageError, match=r"9\.png"):
+            sample.read()
+    assert [numbers(sample.read()) for sample in samples[4:8]] == [[1, 2, 3], [3, 4, 5], [5, 6, 7], [7, 8, 9]]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from diffusers import (
     ModelMixin,
 )
 
-from iwin_dit.data.codec import FRAMES_PER_CALL, VIDEO_VAES, LatentCodec
+from iwin_dit.data.codec import FRAMES_PER_CALL, VIDEO_VAES, LatentCodec, encoder_channels
 from iwin_dit.data.prepare import open_vae
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 3.0]
@@ -255,6 +255,10 @@ def test_given_statistics() -> None:
         LatentCodec(wan(), MEAN, MEAN)
     assert LatentCodec(ltx()).given_statistics == {}  # its buffers, over the scaling factor of 0.5
     assert LatentCodec(ltx()).std.tolist() == [2 * std for std in STD]
+    for vae, own in ((wan(), True), (ltx(), True), (cogvideox(), False)):
+        assert LatentCodec(vae).has_own_statistics == own
+        assert encoder_channels(vae) == 4
+    assert not codec.has_own_statistics  # the given ones are not the VAE's
 
 
 @pytest.mark.parametrize("name", ["wan2.2", "ltx", "cogvideox", "hunyuan", "hunyuan1.5", "mochi"])

@@ -34,6 +34,7 @@ from tests.latent_folders import (
     failing_after,
     small_codec,
 )
+from tests.tools import tiny_vae
 
 ROOT = Path(__file__).parents[1]
 CODEC = small_codec()
@@ -411,6 +412,15 @@ def test_script(one_core, digits_folder, tmp_path, caplog):
     for others in (["--overwrite"], ["--resume", "step-00000100"]):
         with pytest.raises(SystemExit, match=r"--overwrite and --resume are for train_dit.py; to extract again"):
             run_script(*data, *others)
+
+
+def test_advice_that_the_vae_does_not_allow_is_not_given(whole):
+    """`data.latent_statistics: data` is refused where the VAE keeps statistics per channel of its own."""
+    with_own = extract_latents.summary(whole, CODEC, 0)
+    assert "WARNING" in with_own
+    assert with_own.endswith("AutoencoderKL normalises by statistics of its own, which do not suit this data")
+    without = extract_latents.summary(whole, LatentCodec(tiny_vae()), 0)
+    assert "Train with --data.latent_statistics data" in without
 
 
 def test_digits_vae_of_another_split_is_refused(digits_folder, tmp_path):

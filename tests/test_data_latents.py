@@ -259,7 +259,8 @@ def test_bad_manifests(folder, tmp_path):
     path = folder / "manifest.json"
     good = json.loads(path.read_text())
     for bad, message in (
-        ({**good, "format_version": 3}, "expected format version 4, got 3: delete the folder and extract again"),
+        ({**good, "format_version": 2}, "expected format version 4, got 2: delete the folder and extract again"),
+        ({**good, "format_version": 3, "latent_shape": [4, 1, 4, 4]}, "impossible values of latent_shape"),
         ({**good, "colour": "red"}, "colour"),
         ({key: value for key, value in good.items() if key != "vae_id"}, "vae_id"),
         ({**good, "dtype": "int8"}, "impossible values of dtype"),
@@ -285,6 +286,15 @@ def test_bad_manifests(folder, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a manifest"):
         Manifest.load(folder)
+
+
+def test_latents_from_before_clips_are_read(folder):
+    path = folder / "manifest.json"
+    now = Manifest.load(folder)
+    before = {key: value for key, value in json.loads(path.read_text()).items() if key != "clips"}
+    path.write_text(json.dumps({**before, "format_version": 3}))
+    assert Manifest.load(folder) == now
+    assert len(LatentStore(folder).labels) == now.count
 
 
 # --- what a model and a configuration ask for

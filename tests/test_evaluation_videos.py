@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from iwin_dit.data.clips import ClipSettings, read_clip
+from iwin_dit.data.clips import ClipSettings, read_clips
 from iwin_dit.data.images import BrokenImageError, centre_crop
 from iwin_dit.data.videos import BrokenVideoError, ClipFacts, frame_paths, list_clips, probe_clip, read_frames
+from iwin_dit.data.videos import write_video as write_mp4
 from iwin_dit.evaluation.videos import Cut, VideoFiles
 from iwin_dit.files import sha256
 from tests.corpus import png_chunk, png_start
@@ -39,12 +41,15 @@ def ramp(frames: int, seed: int = 0) -> np.ndarray:
     return np.broadcast_to(colours[:, None, None], (frames, H, W, 3)).copy()
 
 
-def write_video(path: Path, frames: np.ndarray, rate: int = RATE) -> Path:
+def write_video(
+    path: Path, frames: np.ndarray, rate: int = RATE, prepare: Callable[[av.VideoStream], None] = lambda stream: None
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     codec, pixels, options, _ = CODECS[path.suffix[1:].lower()]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        prepare(stream)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)))
         container.mux(stream.encode())
@@ -180,6 +185,79 @@ def test_without_pyav_folders_still_work(tmp_path: Path, monkeypatch: pytest.Mon
         read_frames(video)
 
 
+def quarters() -> np.ndarray:
+    """Frames (T, H, W, 3) whose quarters have a brightness each, so that no turn or mirror image looks like another."""
+    frame = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((H // 2, W // 2), np.uint8))
+    return np.repeat(frame[None, ..., None], 3, axis=0).repeat(3, axis=-1)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_clips_are_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:
+    """A phone stores the sensor's rows and how they are to be turned, counterclockwise, and then mirrored."""
+    path = write_video(
+        tmp_path / "a.mp4", quarters(), prepare=lambda stream: stream.set_display_rotation(degrees, hflip=mirrored)
+    )
+    upright = np.rot90(quarters(), degrees // 90, axes=(1, 2))
+    upright = upright[:, :, ::-1] if mirrored else upright
+    assert probe_clip(path) == ClipFacts(3, *upright.shape[1:3], Fraction(RATE))
+    assert np.abs(read_frames(path).astype(int) - upright).max() <= CODECS["mp4"][3]
+
+
+def test_oblique_turns_are_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", quarters(), prepare=lambda stream: stream.set_display_rotation(45))
+    for function in (probe_clip, read_frames):
+        with pytest.raises(BrokenVideoError, match=r"a\.mp4 is turned by 45 degrees or scaled, expected quarter turns"):
+            function(path)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_pixels_that_are_not_square_are_refused(tmp_path: Path, suffix: str) -> None:
+    def write(name: str, aspect: Fraction) -> Path:
+        def prepare(stream: av.VideoStream) -> None:
+            stream.codec_context.sample_aspect_ratio = aspect
+
+        return write_video(tmp_path / f"{name}.{suffix}", ramp(3), prepare=prepare)
+
+    assert probe_clip(write("square", Fraction(1))).width == W
+    assert probe_clip(write("scaled", Fraction(100, 101))).width == W  # to even sides, which are rounded
+    path = write("pal", Fraction(16, 15))
+    for function in (probe_clip, read_frames):
+        with pytest.raises(BrokenVideoError, match=r"pal\..* has pixels of aspect 16/15, expected square ones"):
+            function(path)
+
+
+@pytest.mark.parametrize("rate", [8, 12.5, 25 / 3, 30000 / 1001])
+def test_what_is_written_is_read(tmp_path: Path, rate: float) -> None:
+    frames = np.concatenate([ramp(8), np.repeat(quarters(), 3, axis=0)])
+    path = tmp_path / "a b%d.mp4"
+    write_mp4([Image.fromarray(frame) for frame in frames], path, rate)
+    facts = probe_clip(path)
+    assert facts == ClipFacts(17, H, W, Fraction(rate).limit_denominator(1001))
+    assert np.abs(read_frames(path).astype(int) - frames).max() <= 8
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+
+
+def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.mp4"
+    even, odd, other = (Image.new("RGB", size) for size in ((16, 16), (16, 15), (16, 18)))
+    for frames, rate, message in (
+        ([], 8, "even sides for .*, got none"),
+        ([odd, odd], 8, r"even sides for .*, got \[\(16, 15\)\]"),
+        ([even, other], 8, r"of one size .*, got \[\(16, 16\), \(16, 18\)\]"),
+        ([even], 0.0, "a rate above 0 frames per second for .*, got 0.0"),
+        ([even], float("inf"), "got inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_mp4(frames, path, rate)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"iwin-dit\[video\]"):
+        write_mp4([even], path, 8)
+    assert not path.exists()
+
+
 # --- folders of clips
 
 
@@ -223,6 +301,7 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
         "stored_as": {".mkv": 3, "frames": 1},
         "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "duplicates": 0,
+        "broken": [],
     }
 
 
@@ -299,7 +378,43 @@ def test_with_a_frame_rate_clips_are_those_of_training(tmp_path: Path) -> None:
     chosen = noise[0][2:11:4], noise[1][4:9:2, :, :40]
     for path, clip, frames in zip(videos.paths, found, chosen, strict=True):
         assert np.array_equal(clip, [np.asarray(centre_crop(Image.fromarray(frame), 16)) for frame in frames])
-        trained = read_clip(path, ClipSettings(frames=3, frame_rate=8.0, frame_stride=2))
+        trained = read_clips(path, ClipSettings(frames=3, frame_rate=8.0, frame_stride=2))[0]
         assert np.array_equal(frames, [np.asarray(frame) for frame in trained])
     with pytest.raises(ValueError, match=r"1 of 2 cannot be cut so:\n  .*a.mkv has 16 frames per second, expected"):
         VideoFiles(tmp_path, Cut(frames=3, frame_rate=20.0, resolution=16))
+
+
+def test_real_clips_that_cannot_be_used_are_left_out_up_to_a_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed, name in enumerate(("a/0.mkv", "a/1.mkv", "b/2.mkv")):
+        write_video(tmp_path / name, ramp(9, seed))
+    good = VideoFiles(tmp_path, Cut(4, 1, 8.0))
+    write_video(tmp_path / "a" / "short.mkv", ramp(3))
+    write_video(tmp_path / "b" / "slow.avi", ramp(9), 4)
+    (tmp_path / "b" / "torn.mp4").write_bytes(b"no video")
+    with pytest.raises(
+        ValueError, match=r"\(at most 2 may be left out\), but 3 of 6 cannot be cut so:\n  .*short\.mkv is"
+    ):
+        VideoFiles(tmp_path, Cut(4, 1, 8.0), max_broken=2)
+    with caplog.at_level(logging.WARNING):
+        videos = VideoFiles(tmp_path, Cut(4, 1, 8.0), max_broken=3)
+    assert all(text in caplog.text for text in ("3 clips are left out of", "short.mkv", "slow.avi", "torn.mp4"))
+    assert videos.record() == {**good.record(), "broken": ["a/short.mkv", "b/slow.avi", "b/torn.mp4"]}
+    assert torch.equal(videos.read([0, 1, 2]), good.read([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"expected at least 2 clips .* got 0, 2 left out"):
+        (tmp_path / "b" / "2.mkv").unlink()
+        VideoFiles(tmp_path / "b", Cut(4, 1, 8.0), max_broken=2)
+
+
+@pytest.mark.parametrize("format_", ["gif", "MP4", "frames"])
+def test_each_clip_counts_once(tmp_path: Path, format_: str) -> None:
+    for i in range(2):
+        write_video(tmp_path / f"{i}.5.mkv", ramp(4, i))
+    assert len(VideoFiles(tmp_path, Cut(4))) == 2
+    if format_ == "frames":
+        write_frames(tmp_path / "1.5", ramp(4))
+    else:
+        write_video(tmp_path / f"1.5.{format_}", ramp(4))
+    with pytest.raises(ValueError, match=r"got 1 in several formats, as .*1\.5: keep one format, and the grid"):
+        VideoFiles(tmp_path, Cut(4))

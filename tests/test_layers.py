@@ -94,6 +94,22 @@ def test_conv_moves_no_memory():
     assert conv.weight.grad.stride() == conv.weight.stride()  # or data-parallel training copies it at every step
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_conv_keeps_no_copy_of_its_input(causal):
+    """Whatever a backward pass needs of the input is the input itself, in every clip of the batch."""
+    conv, x, kept = DepthwiseConv(4, 3, rank=3, causal=causal), torch.randn(2, 5, 6, 6, 4, requires_grad=True), []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        conv(x)
+    large = [tensor for tensor in kept if tensor.numel() > conv.weight.numel()]
+    assert len(large) == 3  # one per tap
+    assert {tensor.untyped_storage().data_ptr() for tensor in large} == {x.untyped_storage().data_ptr()}
+
+
 def test_conv_keeps_the_variance_at_initialisation():
     torch.manual_seed(0)
     conv = DepthwiseConv(512, 3)

@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoModel
@@ -212,6 +213,7 @@ def test_inflated_configuration():
     assert video.config.window_size == [(4, 4, -1), (4, 2, 8)]  # the schedule, not its repetition
     assert (video.dtype, video.training) == (torch.bfloat16, True)
     assert inflate(tiny_model(), (4, 8, 8)).config.window_size == (2, 4, 4)
+    assert inflate(tiny_model(), 8).latent_size == (8, 8, 8)
     assert inflate(tiny_model(), (4, 8, 8), temporal_window_size=-1).window_sizes == ((-1, 4, 4),) * 2
 
 
@@ -221,6 +223,50 @@ def test_weights_of_an_image_model_go_into_a_schedule():
     load_inflated(video, image)
     x = torch.randn(2, 4, 8, 8)
     assert relative_error(run(video, x[:, :, None])[:, :, 0], run(image, x)) < 1e-5
+
+
+def test_other_classes():
+    """A fresh label table keeps the null class alone, whose predictions are the image model's."""
+    image = tiny_model()
+    for video in (tiny_video_model(num_classes=5), tiny_video_model()):  # also where there are as many of them
+        table = video.class_embed.weight.clone()
+        load_inflated(video, image, fresh_classes=True)
+        assert torch.equal(video.class_embed.weight[:-1], table[:-1])
+        assert torch.equal(video.class_embed.weight[-1], image.class_embed.weight[-1])
+        assert torch.equal(video.blocks[1].attn.to_q.weight, image.blocks[1].attn.to_q.weight)
+    with pytest.raises(ValueError, match="in the image model\n  of other classes, fresh_classes=True takes the null"):
+        load_inflated(tiny_video_model(num_classes=5), image)
+    video, x = inflate(image, (4, 8, 8), num_classes=5), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        y = video(x[:, :, None], T, torch.tensor([5, 5])).sample[:, :, 0]
+        assert relative_error(y, image(x, T, torch.tensor([10, 10])).sample) < 1e-5
+
+
+def test_inflation_warns_of_no_cast_that_is_none(caplog):
+    diffusers.utils.logging.enable_propagation()
+    try:
+        inflate(tiny_model(), 8)
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not caplog.records
+
+
+def test_adapters_and_fused_projections_are_named():
+    peft = pytest.importorskip("peft")
+    image = tiny_model()
+    plain = copy.deepcopy(image)
+    image.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"the image model has adapters: fuse_lora\(\) and then unload_lora"):
+        inflate(image, (4, 8, 8))
+    image.fuse_lora()
+    image.unload_lora()
+    merged = inflate(image, (4, 8, 8)).blocks[0].attn.to_q.weight
+    assert not torch.equal(merged, plain.blocks[0].attn.to_q.weight)
+    plain.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"image model has fused projections: call its unfuse_qkv_projections\(\)"):
+        inflate(plain, (4, 8, 8))
+    plain.unfuse_qkv_projections()
+    inflate(plain, (4, 8, 8))
 
 
 def test_every_mismatch_is_listed():

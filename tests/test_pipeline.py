@@ -591,6 +591,9 @@ def test_nan_is_an_error_not_a_black_picture():
         ({"sigmas": [0.1, 0.6]}, "sigmas must be noise levels that fall"),
         ({"height": 15}, r"height must be a positive multiple of 2 \(VAE stride 2 \* patch_size 1\), got 15"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, r"num_inference_steps must be a whole number, got 2\.5"),
+        ({"height": 16.0}, r"height must be a whole number, got 16\.0"),
+        ({"num_images_per_label": True}, "num_images_per_label must be a whole number, got True"),
         ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, and 1 turns guidance off, got 0.5"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance_interval must be"),
         ({"guidance_channels": 5}, r"guidance_channels must be None \(all\) or 1 to 4, got 5"),
@@ -602,6 +605,25 @@ def test_nan_is_an_error_not_a_black_picture():
 def test_mistakes(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(pipe, **arguments)
+
+
+def test_a_model_without_a_trained_null_class_is_not_guided(pipe):
+    """Its default is 1, and the pictures are those of 1; another model's default is 3."""
+    plain = tiny_pipeline(class_dropout_prob=0.0)
+    assert (plain.default_guidance_scale, pipe.default_guidance_scale) == (1.0, 3.0)
+    assert torch.equal(draw(plain), draw(plain, guidance_scale=1.0))
+    assert torch.equal(draw(pipe), draw(pipe, guidance_scale=3.0))
+    with pytest.raises(
+        ValueError, match=r"guidance_scale must be 1 for this model, .*class_dropout_prob 0.*; got 1\.5"
+    ):
+        draw(plain, guidance_scale=1.5)
+
+
+def test_counts_may_be_numpys(pipe):
+    two = np.int64(2)
+    assert torch.equal(
+        draw(pipe, num_inference_steps=two, height=8 * two), draw(pipe, num_inference_steps=2, height=16)
+    )
 
 
 def test_bfloat16_transformer_under_a_float32_loop(pipe):

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import sample
-from iwin_dit.data.videos import probe_clip
+from iwin_dit import IwinDiTVideoPipeline
+from iwin_dit.data.videos import probe_clip, read_frames
+from iwin_dit.pipelines import pictures
+from iwin_dit.pipelines.pictures import grid_size
 from tests import test_pipeline, test_pipeline_video
+from tests.tools import tiny_vae, tiny_video_model
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +100,100 @@ def test_an_image_model_has_no_frames(images, tmp_path):
 def test_what_cannot_be_written_is_refused_before_sampling(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert "--grid of clips must be a .gif file" in refused(videos, out, "--grid", str(tmp_path / "grid.png"))
-    assert "whole frames per second, got 8.5; --fps sets" in refused(videos, out, "--fps", "8.5")
-    assert "at most 50 frames per second, got 60" in refused(videos, out, "--fps", "60")
+    assert "0.0015 to 50 frames per second, got 60: choose" in refused(videos, out, "--fps", "60")
+    assert "got 0.001: choose" in refused(videos, out, "--fps", "0.001")
     assert "--batch-size must be at least 1, got 0" in refused(videos, out, "--batch-size", "0")
+    assert "height must be a positive multiple of 2" in refused(videos, out, "--height", "0")
     monkeypatch.setitem(sys.modules, "av", None)
-    assert 'needs PyAV: pip install "iwin-dit[video]"; --fps sets another rate, --format gif' in refused(videos, out)
-    assert len(run(videos, out, "--format", "gif")) == 9
+    message = refused(videos, out, "--format", "mp4")
+    assert 'MP4 files need PyAV: pip install "iwin-dit[video]"; --format gif or --format frames' in message
+
+
+def test_gifs_alone_where_there_can_be_no_mp4(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(run(videos, tmp_path)) == 9  # four GIFs, four JSONs, the grid
+    assert 'writing GIFs alone: MP4 files need PyAV: pip install "iwin-dit[video]"' in capsys.readouterr().out
+
+
+def test_odd_sides(tmp_path, capsys):
+    """The VAE of the other tests has a stride of 2: this one has none, and gives sides of 7 pixels."""
+    vae = tiny_vae(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
+    )
+    pipe = IwinDiTVideoPipeline(tiny_video_model(sample_size=(2, 7, 8)), vae, FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--classes", "3", "--seeds", "0", "--steps", "1"]
+    sample.main([*arguments, "--out", str(tmp_path / "out")])
+    assert "writing GIFs alone: MP4 files have even sides, got 8 x 7 pixels" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.mp4"))
+    with pytest.raises(SystemExit, match="even sides, got 8 x 7 pixels; --format gif or --format frames does without"):
+        sample.main([*arguments, "--out", str(tmp_path / "out"), "--format", "gif,mp4"])
+
+
+def test_any_rate_without_a_gif(videos, tmp_path, capsys):
+    """Then there is no grid, which would be one."""
+    names = run(videos, tmp_path, "--fps", "60", "--format", "mp4")
+    assert names == [f"{stem}.{kind}" for stem in stems() for kind in ("json", "mp4")]
+    assert "no grid: a GIF shows 0.0015 to 50 frames per second, got 60" in capsys.readouterr().out
+    assert probe_clip(tmp_path / f"{stems()[0]}.mp4").rate == 60
+    run(videos, tmp_path, "--fps", "8.333", "--format", "mp4")
+    assert float(probe_clip(tmp_path / f"{stems()[0]}.mp4").rate) == pytest.approx(8.333, rel=1e-3)
+
+
+def test_frames(videos, tmp_path):
+    """What evaluation reads is what the pipeline gave, pixel by pixel."""
+    grid = ["--grid", str(tmp_path / "grid.gif")]
+    assert run(videos, tmp_path / "out", "--format", "frames", *grid) == sorted(
+        f"{stem}{kind}" for stem in stems() for kind in ("", ".json")
+    )
+    pipe = test_pipeline_video.tiny_pipeline()
+    expected = pipe([7], num_inference_steps=2, generator=[torch.Generator().manual_seed(12)]).frames[0]
+    read = read_frames(tmp_path / "out" / stems()[3]).astype(int)
+    assert np.abs(read - np.stack([np.asarray(frame) for frame in expected])).max() <= 1  # 1e-4 before rounding
+
+
+def test_the_grid_shows_sixteen_seeds(images, tmp_path, capsys):
+    sample.main(["--model", images, "--classes", "3", "7", "--seeds", "0-17", "--steps", "1", "--out", str(tmp_path)])
+    grid = tmp_path / "grid.png"
+    assert f"wrote 36 images to {tmp_path} and a grid of 32 to {grid}" in capsys.readouterr().out
+    with Image.open(grid) as picture:
+        assert picture.size == grid_size((16, 16), 16, ["name 3", "name 7"])
+        last = np.asarray(
+            picture.crop((picture.width - 66, picture.height - 66, picture.width - 2, picture.height - 2))
+        )
+    with Image.open(tmp_path / "class-007-name_7-seed-000015.png") as image:
+        np.testing.assert_array_equal(last, np.asarray(image.resize((64, 64), Image.Resampling.NEAREST)))
+
+
+def test_a_grid_that_no_file_holds_is_left_out(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "GRID_MAX_SIDE", 100)
+    assert run(videos, tmp_path, "--format", "gif") == [
+        f"{stem}.{kind}" for stem in stems() for kind in ("gif", "json")
+    ]
+    printed = capsys.readouterr().out
+    assert "no grid: a grid has sides of at most 100 pixels" in printed
+    assert printed.endswith(f"wrote 4 clips to {tmp_path}\n")
+
+
+def test_a_model_without_a_trained_null_class(tmp_path):
+    """What is recorded is the guidance that ran."""
+    test_pipeline.tiny_pipeline(class_dropout_prob=0.0).save_pretrained(tmp_path / "model")
+    run(str(tmp_path / "model"), tmp_path / "out")
+    with Image.open(tmp_path / "out" / f"{stems()[0]}.png") as image:
+        assert json.loads(image.text["iwin-dit"])["guidance_scale"] == 1.0
+    message = refused(str(tmp_path / "model"), tmp_path / "other", "--guidance", "2")
+    assert "guidance_scale must be 1 for this model" in message
+
+
+def test_a_file_in_place_of_the_folder(images, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit, match=r"^sample.py: error: \[Errno 17\] File exists: .*out'$"):
+        run(images, tmp_path / "out")
 
 
 def test_formats():
     assert sample.parse_formats("gif") == ["gif"]
-    assert sample.parse_formats("mp4,gif") == ["mp4", "gif"]
+    assert sample.parse_formats("mp4,frames") == ["mp4", "frames"]
     for text in ("", "webm", "gif,"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected formats among gif, mp4, got"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected formats among gif, mp4, frames, got"):
             sample.parse_formats(text)

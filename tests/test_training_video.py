@@ -1,5 +1,6 @@
 """Video through the same scripts: the configuration, steps on single frames, a start from an image model, previews."""
 
+import contextlib
 import json
 import logging
 import os
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
+import evaluate_fid
 import extract_latents
 import train_dit
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
@@ -21,14 +24,16 @@ from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
 from iwin_dit.training.batches import ImageSteps, MicroBatches
 from iwin_dit.training.config import Config, parse_config
-from iwin_dit.training.data import image_steps
+from iwin_dit.training.data import image_steps, open_codec
 from iwin_dit.training.draws import is_image_step
-from iwin_dit.training.initial import load_initial
+from iwin_dit.training.evaluation import build_request
+from iwin_dit.training.initial import PREDICTS, load_initial, report_initial
 from iwin_dit.training.log import read_metrics
+from iwin_dit.training.pictures import PREVIEW_SIDE, build_pipeline, export, preview
 from iwin_dit.training.summary import describe
 from tests.faults import launch
 from tests.latent_folders import small_codec
-from tests.tools import tiny_model
+from tests.tools import tiny_model, tiny_video_model
 
 ROOT = Path(__file__).parents[1]
 VIDEO = str(ROOT / "configs" / "moving_digits.yaml")
@@ -98,6 +103,12 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
 
 
+def windows(count: int) -> list[str]:
+    """Arguments of a schedule of so many windows, all of them different, one for each block."""
+    schedule = json.dumps([[m, 1, 1] for m in range(1, count + 1)])
+    return ["--model.num_layers", str(count), "--model.window_size", schedule]
+
+
 # --- the configuration
 
 
@@ -154,6 +165,20 @@ def test_a_schedule_of_windows_is_plain_data():
         ),
         (["--eval.metrics", "fid", "--eval.every", "5"], ["cannot be of clips", "expected fvd, moving_digits"]),
         (["--eval.metrics", "fvd", "--eval.reference", "null", "--eval.every", "5"], ["eval.reference must be given"]),
+        (["--eval.max_broken_clips", "3"], ["eval.max_broken_clips is for fvd", "got 3 with eval.metrics 'moving_d"]),
+        (["--eval.max_broken_clips", "-1"], ["eval.max_broken_clips must be at least 0, got -1"]),
+        (["--data.clips_per_video", "4", "--data.holdout", "3"], ["multiple of data.clips_per_video 4", "got 3"]),
+        (["--model.class_dropout_prob", "0"], ["log.preview_guidance_scale must be 1", "class_dropout_prob is 0"]),
+        (
+            ["--model.class_dropout_prob", "0", "--log.preview_guidance_scale", "1"],
+            ["eval.guidance_scale must be 1 where model.class_dropout_prob is 0", "got 4"],
+        ),
+        (["--init_classes", "fresh"], ["init_classes 'fresh' has no effect without init_from"]),
+        (["--train.compile", "true", *windows(9)], ["at most 8 variants", "9 different windows in model.window_size:"]),
+        (
+            ["--train.compile", "true", "--data.image_steps", "0.5", *windows(5)],
+            ["at most 8 variants", "5 different windows in model.window_size for clips and for single frames:"],
+        ),
     ],
 )
 def test_mistakes_name_the_field(arguments, messages, capsys):
@@ -183,7 +208,45 @@ def test_video_metrics_have_no_say_over_a_run_without_evaluation():
     assert parse_config(["--config", VIDEO, "--eval.every", "0", "--eval.metrics", "fid"]).eval.every == 0
 
 
+def test_no_guidance_needs_no_null_class():
+    off = ["--model.class_dropout_prob", "0", "--log.preview_every", "0", "--eval.every", "0"]
+    assert parse_config(["--config", VIDEO, *off]).log.preview_guidance_scale == 4
+    share = ["--data.clips_per_video", "4", "--data.holdout", "0.1"]
+    assert parse_config(["--config", VIDEO, *share]).data.holdout == 0.1
+
+
+def test_as_many_windows_as_compile():
+    for extra in (windows(8), [*windows(4), "--data.image_steps", "0.5"], [*windows(8), "--data.image_steps", "1"]):
+        assert parse_config(["--config", VIDEO, "--train.compile", "true", *extra]).train.compile
+    assert parse_config(["--config", VIDEO, "--train.compile", "true"]).model["window_size"] == "auto"
+
+
+@pytest.mark.slow
+def test_torch_compiles_no_more_windows_than_the_configuration_lets_pass():
+    """On clips and on single frames, without the time that kernels take to be built."""
+    for count, passes in ((4, True), (5, False)):
+        torch._dynamo.reset()
+        model = tiny_video_model(num_layers=count, window_size=[[m, 2, 2] for m in range(1, count + 1)])
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with contextlib.ExitStack() as stack:
+            if not passes:
+                stack.enter_context(pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit))
+            for frames in (4, 1):
+                model(torch.randn(1, 4, frames, 6, 6), torch.rand(1), torch.zeros(1, dtype=torch.long))
+    torch._dynamo.reset()
+
+
 # --- the data
+
+
+def test_statistics_of_the_data_are_not_for_a_vae_that_keeps_its_own(base, tmp_path):
+    """Wan's, whose config calls its channels otherwise."""
+    AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "wan")
+    config = parse_config([*base, "--data.vae", str(tmp_path / "wan"), "--data.latent_statistics", "data"])
+    with pytest.raises(ValueError, match=r"data\.vae: AutoencoderKLWan has latent statistics of its own"):
+        open_codec(config.data, torch.device("cpu"))
+    config.data.latent_statistics = "vae"
+    assert open_codec(config.data, torch.device("cpu")).latent_channels == 16
 
 
 def test_extraction_says_what_it_did(folder, caplog):
@@ -306,6 +369,25 @@ def test_previews_move_on_disk_and_in_tensorboard(base, tmp_path):
     assert (event.step, event.width, event.height) == (1, width, height)
     assert event.encoded_image_string == path.read_bytes()
     assert events.Scalars("loss")
+    record = json.loads((tmp_path / "pipeline" / "training.json").read_text())
+    assert record == {"step": 1, "frame_rate": 8.0, "frame_stride": 1}
+
+
+def test_a_preview_of_large_clips_is_small(base, folder, tmp_path):
+    sizes = ["--data.resolution", "160", "--model.sample_size", "[2, 80, 80]", "--model.patch_size", "[1, 16, 16]"]
+    few = ["--log.preview_classes", "[1]", "--log.preview_columns", "1", "--log.preview_steps", "1"]
+    config = parse_config([*base, *sizes, "--data.frames", "2", *few])
+    models, codec = {"trained": config.build_model().eval()}, small_codec()
+    assert build_pipeline(config, models["trained"], codec, ("a", "b")).default_size == (2, 160, 160)
+    path = preview(config, models, codec, ("a", "b"), tmp_path / "previews" / "a", lambda: False)
+    with Image.open(path) as picture:
+        assert picture.height == 24 + PREVIEW_SIDE + 2  # title, and a row
+        assert PREVIEW_SIDE < picture.width < 2 * PREVIEW_SIDE
+
+
+def test_a_pipeline_of_images_has_no_record_of_clips(image_model, tmp_path):
+    export(IwinDiTPipeline.from_pretrained(image_model), tmp_path / "pipeline", 3)
+    assert json.loads((tmp_path / "pipeline" / "training.json").read_text()) == {"step": 3}
 
 
 @pytest.mark.slow
@@ -326,10 +408,16 @@ def test_two_processes_train_as_one_does(base, tmp_path):
 @pytest.fixture
 def image_model(tmp_path) -> Path:
     """A pipeline folder of an image model with random weights that fits the clips' single frames."""
-    model = tiny_model(sample_size=4, patch_size=2, num_layers=1, num_classes=2)
-    scheduler = parse_config(["--config", DIGITS]).build_objective().scheduler()
-    IwinDiTPipeline(model, small_codec().vae, scheduler).save_pretrained(tmp_path / "image")
-    return tmp_path / "image"
+    return saved_image_model(tmp_path / "image")
+
+
+def saved_image_model(
+    path: Path, objective: str = "flow_matching", names: dict | None = None, classes: int = 2
+) -> Path:
+    model = tiny_model(sample_size=4, patch_size=2, num_layers=1, num_classes=classes)
+    scheduler = parse_config(["--config", DIGITS, "--objective", objective]).build_objective().scheduler()
+    IwinDiTPipeline(model, small_codec().vae, scheduler, names).save_pretrained(path)
+    return path
 
 
 def started(config: Config) -> IwinDiTTransformer3DModel:
@@ -405,13 +493,71 @@ def test_a_run_of_the_same_class_starts_where_the_other_ended(base, tmp_path):
         (["--model.num_attention_heads", "4"], "num_attention_heads"),
         (["--model.num_layers", "3"], "num_layers|blocks"),
         (["--model.activation_fn", "gelu-approximate"], "activation_fn"),
+        (["--model.num_classes", "3"], r"num_classes(.|\n)*init_classes: fresh starts without the label embeddings"),
         (["--init_from", "nowhere"], "init_from 'nowhere': expected a run folder"),
+        (["--objective", "ddpm"], "prediction type is 'epsilon', which objective 'ddpm' trains, got 'flow_prediction'"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(extra, message, base, image_model, tmp_path):
     with pytest.raises(SystemExit, match=message):
         train(*base, "--run", str(tmp_path / "run"), "--init_from", str(image_model), *extra)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_loads_what_a_run_would_start_from(base, image_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(*base, "--run", str(tmp_path / "run"), "--init_from", str(image_model), "--dry-run")
+    assert f"initial      the weights of {image_model} fit" in caplog.text
+    assert not (tmp_path / "run").exists()
+    (image_model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"init_from '.*image': .*diffusion_pytorch_model"):
+        train(*base, "--run", str(tmp_path / "run"), "--init_from", str(image_model), "--dry-run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_what_an_objective_trains_is_what_its_pipeline_says(objective, tmp_path):
+    path = saved_image_model(tmp_path / "image", objective)
+    assert IwinDiTPipeline.from_pretrained(path).config.prediction_type == PREDICTS[objective]
+
+
+def test_other_class_names_are_a_warning(base, tmp_path, caplog):
+    names = {0: "even", 1: "strange"}
+    path = saved_image_model(tmp_path / "image", names=names)
+    config = parse_config([*base, "--init_from", str(path)])
+    initial = load_initial(config, config.build_model())
+    assert initial["class_names"] == names
+    report_initial(initial, small_codec(), ("even", "strange"))
+    assert not caplog.records
+    report_initial(initial, small_codec(), ("even", "odd"))
+    [record] = caplog.records
+    assert (
+        "1 of 2 classes had another name where they were trained, such as 1: 'strange' there, 'odd' here" in caplog.text
+    )
+    assert record.levelname == "WARNING"
+    caplog.clear()
+    config.init_classes = "fresh"
+    report_initial(load_initial(config, config.build_model()), small_codec(), ("even", "odd"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_fresh_classes_keep_the_null_class_alone(video, base, tmp_path):
+    """Of a model of five classes, for one of two."""
+    path = saved_image_model(tmp_path / "image", classes=5)
+    source = IwinDiTPipeline.from_pretrained(path).transformer
+    if video:
+        config = parse_config([*base, "--init_from", str(path), "--init_classes", "fresh"])
+    else:
+        sizes = ["--model.sample_size", "4", "--model.patch_size", "2", "--model.num_layers", "1"]
+        sizes += ["--model.num_attention_heads", "2", "--model.attention_head_dim", "8", "--model.num_classes", "2"]
+        config = parse_config(["--config", DIGITS, *sizes, "--init_from", str(path), "--init_classes", "fresh"])
+    model = config.build_model()
+    drawn = model.class_embed.weight.detach().clone()
+    load_initial(config, model)
+    assert torch.equal(model.class_embed.weight[:2], drawn[:2])
+    assert torch.equal(model.class_embed.weight[2], source.class_embed.weight[5])
+    assert torch.equal(model.blocks[0].attn.to_q.weight, source.blocks[0].attn.to_q.weight)
 
 
 def test_an_image_model_does_not_start_from_a_video_model(base, tmp_path):
@@ -421,27 +567,38 @@ def test_an_image_model_does_not_start_from_a_video_model(base, tmp_path):
         load_initial(config, config.build_model())
 
 
-# --- evaluation
-
-
 # --- evaluation and trackers
+
+
+def test_real_clips_are_cut_as_those_trained_on():
+    clips = ["--data.frame_stride", "3", "--data.frame_rate", "25", "--data.resolution", "64", "--eval.every", "1"]
+    request = build_request(parse_config(["--config", VIDEO, *clips]))
+    assert (request.frames, request.stride, request.frame_rate, request.resolution) == (16, 3, None, None)
+    fvd = ["--eval.metrics", "fvd", "--eval.reference", "videos", "--eval.max_broken_clips", "5"]
+    request = build_request(parse_config(["--config", VIDEO, *clips, *fvd]))
+    assert (request.frames, request.stride, request.frame_rate, request.resolution) == (16, 3, 25.0, 64)
+    assert request.max_broken == 5
 
 
 @pytest.mark.slow
 def test_moving_digits_are_measured_in_the_loop(tmp_path, monkeypatch):
-    """A tiny model on clips of the size that the metric is of; and the best checkpoint is kept by it."""
+    """A tiny model on clips of the size that the metric is of, at a stride; the best checkpoint is kept by it.
+
+    The command line measures the same of that checkpoint, against the same real clips.
+    """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
     monkeypatch.chdir(tmp_path)
     small_codec().vae.save_pretrained(tmp_path / "vae")
     for clip in range(4):
         place = tmp_path / "clips" / f"{clip % 2}" / f"clip{clip}"
         place.mkdir(parents=True)
-        for frame in range(16):
+        for frame in range(31):
             picture = Image.new("RGB", (32, 32))
-            picture.paste("white", (frame, 8, frame + 6, 20))
+            picture.paste("white", (frame % 16, 8, frame % 16 + 6, 20))
             picture.save(place / f"{frame:02d}.png")
     arguments = ["--config", VIDEO, *named(tmp_path), *SMALL, "--run", str(tmp_path / "run")]
     arguments += ["--data.resolution", "32", "--data.frames", "16", "--data.flips", "false"]
+    arguments += ["--data.frame_stride", "2"]
     arguments += ["--model.sample_size", "[16, 16, 16]", "--model.patch_size", "[1, 4, 4]", "--train.images", "8"]
     arguments += ["--eval.every", "1", "--eval.num_samples", "4", "--eval.num_inference_steps", "1"]
     train(*arguments)
@@ -452,6 +609,15 @@ def test_moving_digits_are_measured_in_the_loop(tmp_path, monkeypatch):
     best = json.loads((tmp_path / "run" / "best.json").read_text())
     assert (best["metric"], best["greater_is_better"]) == ("digit_recognition", True)
     assert best["value"] == max(record["eval_digit_recognition"] for record in records)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = ["--num-samples", "4", "--steps", "1", "--guidance", "4", "--out", "again.json"]
+    evaluate_fid.main(["--model", str(tmp_path / "run" / best["checkpoint"]), *settings])
+    again = json.loads(Path("again.json").read_text())
+    recorded = json.loads((tmp_path / f"run/evaluations/step-{best['step']:08d}.json").read_text())
+    assert again["metrics"] == recorded["metrics"]
+    assert again["reference"] == recorded["reference"]
+    assert recorded["reference"]["stride"] == 2
 
 
 @pytest.mark.slow

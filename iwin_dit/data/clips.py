@@ -5,7 +5,9 @@ Letters: T frames of a clip, J clips of a video.
 """
 
 import dataclasses
+import itertools
 import math
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
@@ -65,8 +67,9 @@ class ClipFolder:
     as images are left alone, too, and counted in a warning. The fingerprint is of the paths below `root` of all videos
     and frames, and of their sizes; no file is opened before a sample is read.
 
-    A video gives `clips.clips_per_video` samples, one after the other. Where there are several, each of them decodes
-    the frames of all, so that a damaged video is broken as a whole and the others stay where a split expects them.
+    A video gives `clips.clips_per_video` samples, one after the other. The first of them that is read decodes all, for
+    which the others wait, and which are then held until they are read. So a damaged video is broken as a whole, and the
+    others stay where a split expects them.
 
     Args:
         root: The folder that holds the class folders.
@@ -104,11 +107,31 @@ class ClipFolder:
 
     def samples(self, part: int) -> Iterator[Sample]:
         """Yield the samples of one part, in the order of class, path and time."""
-        for index in range(self._size)[part * self._part_size : (part + 1) * self._part_size]:
-            video, number = divmod(index, self._clips.clips_per_video)
+        indices = range(self._size)[part * self._part_size : (part + 1) * self._part_size]
+        for video, of_video in itertools.groupby(indices, lambda index: index // self._clips.clips_per_video):
             path, label = self._videos[video]
-            key = clip_key(str(path), number, self._clips)
-            yield Sample(key, label, partial(read_clip, path, self._clips, number))
+            reader = _VideoReader(path, self._clips)
+            for number in (index % self._clips.clips_per_video for index in of_video):
+                yield Sample(clip_key(str(path), number, self._clips), label, partial(reader.read, number))
+
+
+class _VideoReader:
+    """Decodes the clips of one video together, for several threads that read one each, and drops those that are read.
+
+    A clip that is read again, or after a failure, is decoded again.
+    """
+
+    def __init__(self, path: Path, clips: ClipSettings) -> None:
+        self._path, self._clips = path, clips
+        self._lock = threading.Lock()
+        self._decoded: dict[int, list[Image.Image]] = {}
+
+    def read(self, number: int) -> list[Image.Image]:
+        """Give the T frames of one clip, as `read_clips` does."""
+        with self._lock:
+            if number not in self._decoded:
+                self._decoded = dict(enumerate(read_clips(self._path, self._clips)))
+            return self._decoded.pop(number)
 
 
 def clip_key(video: str, number: int, clips: ClipSettings) -> str:
@@ -116,16 +139,15 @@ def clip_key(video: str, number: int, clips: ClipSettings) -> str:
     return video if clips.clips_per_video == 1 else f"{video}#{number}"
 
 
-def read_clip(path: Path, clips: ClipSettings, number: int = 0) -> list[Image.Image]:
-    """Decode one clip of a video.
+def read_clips(path: Path, clips: ClipSettings) -> list[list[Image.Image]]:
+    """Decode the clips of a video.
 
     Args:
         path: A video file or a folder of frame images.
         clips: How clips are cut.
-        number: Which of `clips.clips_per_video`, from 0.
 
     Returns:
-        Its T frames, RGB, as large as the video's.
+        J lists of T frames, RGB, as large as the video's; where clips overlap, of the same images.
 
     Raises:
         BrokenSampleError: The video cannot be decoded (in any of its clips), or no clip can be cut from it.
@@ -133,15 +155,10 @@ def read_clip(path: Path, clips: ClipSettings, number: int = 0) -> list[Image.Im
     """
     cut = cut_video(path, probe_clip(path), clips)
     needed = sorted({index for indices in cut for index in indices})
-    mine = set(cut[number])
-    found, frames = 0, []
-    for index, pixels in zip(needed, decode_frames(path, needed), strict=False):
-        found += 1
-        if index in mine:
-            frames.append(Image.fromarray(pixels))
-    if found < len(needed):
-        raise BrokenVideoError(f"{path} ends before its frame {needed[found]} could be decoded")
-    return frames
+    frames = dict(zip(needed, map(Image.fromarray, decode_frames(path, needed)), strict=False))
+    if len(frames) < len(needed):
+        raise BrokenVideoError(f"{path} ends before its frame {needed[len(frames)]} could be decoded")
+    return [[frames[index] for index in indices] for indices in cut]
 
 
 def cut_video(path: Path, facts: ClipFacts, clips: ClipSettings) -> list[list[int]]:

@@ -66,7 +66,7 @@ class LatentCodec:
         self._patch = _patch_size(vae)
         self.stride = _encoder_stride(vae) * self._patch  # pixels per latent cell, height and width
         self.temporal_stride = _temporal_stride(vae) if self.is_video else 1  # frames per latent frame after the first
-        self.latent_channels: int = _encoder_channels(vae) * self._patch**2
+        self.latent_channels: int = encoder_channels(vae) * self._patch**2
         mean, std = _statistics(vae, latents_mean, latents_std)
         if len(mean) != self.latent_channels or len(std) != self.latent_channels or min(std) <= 0:
             raise ValueError(
@@ -79,6 +79,11 @@ class LatentCodec:
         self.given_statistics: dict[str, list[float]] = {}
         if latents_mean is not None:
             self.given_statistics = {"latents_mean": list(mean), "latents_std": list(std)}
+
+    @property
+    def has_own_statistics(self) -> bool:
+        """Whether the VAE keeps a mean and a standard deviation per channel, which no others may take the place of."""
+        return _own_channel_statistics(self.vae) is not None
 
     def latent_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Size of the latents of samples of a given size.
@@ -273,6 +278,18 @@ class LatentCodec:
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+def encoder_channels(vae: ModelMixin) -> int:
+    """Channels of a VAE's own latents, for which it keeps statistics; AutoencoderKLWan calls them z_dim.
+
+    Args:
+        vae: As for `LatentCodec`.
+
+    Returns:
+        How many there are; `LatentCodec.latent_channels` are more where latent patches are folded into channels.
+    """
+    return int(vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels)
+
+
 def _on(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Per-channel values (C,) as (C, 1, ...) on the device of `like`, (B, C, ...)."""
     return values.to(like.device).reshape(-1, *[1] * (like.ndim - 2))
@@ -315,11 +332,6 @@ def _temporal_stride(vae: ModelMixin) -> int:
     return int(vars(vae).get("temporal_compression_ratio", vae.config.get("temporal_compression_ratio")))
 
 
-def _encoder_channels(vae: ModelMixin) -> int:
-    """Channels of the encoder's own latents; AutoencoderKLWan calls them z_dim."""
-    return int(vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels)
-
-
 def _statistics(
     vae: ModelMixin, given_mean: Sequence[float] | None, given_std: Sequence[float] | None
 ) -> tuple[Sequence[float], Sequence[float]]:
@@ -343,7 +355,7 @@ def _statistics(
             f"{type(vae).__name__} keeps no latent statistics (latents_mean and latents_std, or scaling_factor, in its "
             "config); pass latents_mean and latents_std"
         )
-    channels = _encoder_channels(vae)
+    channels = encoder_channels(vae)
     return [vae.config.get("shift_factor") or 0.0] * channels, [1.0 / scale] * channels
 
 

@@ -94,7 +94,8 @@ class PartEncoder:
         source: The images or clips.
         codec: Encodes them, on the device of its VAE.
         settings: What decides the result.
-        decode_threads: Threads that read and crop samples while the VAE works, each a clip's frames of full size.
+        decode_threads: Threads that read and crop samples while the VAE works; each holds a clip's frames of full size,
+            or those of all clips of a video, for whose decoding the threads with its other clips wait.
         max_broken: How many broken samples are skipped, with a warning each, before giving up.
 
     Raises:

@@ -64,7 +64,7 @@ class Manifest:
     """What a folder of latents holds and what made it.
 
     Attributes:
-        format_version: Of the folder; another one is refused.
+        format_version: Of the folder; 3, which had no clips, is read as 4, and others are refused.
         source: Where the samples came from, as `ImageSource.description` says it.
         source_fingerprint: `ImageSource.fingerprint`.
         source_settings: What of that source was read: split, keys of image and label and so on; None where it has none.
@@ -191,6 +191,8 @@ class Manifest:
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            if data["format_version"] == 3:  # of images alone, and else the same
+                data |= {"format_version": FORMAT_VERSION, "clips": None}
             if data["format_version"] != FORMAT_VERSION:
                 raise ValueError(
                     f"expected format version {FORMAT_VERSION}, got {data['format_version']}: delete the folder and "

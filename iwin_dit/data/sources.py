@@ -33,8 +33,9 @@ class Sample:
     Args:
         key: Names the sample in messages: a path, a tar and its member, or the row of a data set.
         label: Its class, from 0.
-        read: Decodes an image, or the T frames of a clip: upright, RGB, any one size. Holds the file's content or path
-            and nothing else, may be called in another thread, and raises `BrokenSampleError` for what cannot be used.
+        read: Decodes an image, or the T frames of a clip: upright, RGB, any one size. Holds the file's content or path,
+            and of a video that gives several clips those that were decoded and not yet read; nothing else. May be
+            called in another thread, and raises `BrokenSampleError` for what cannot be used.
     """
 
     key: str

@@ -1,22 +1,25 @@
-"""Videos to frames: video files through PyAV, and folders of frame images; the one decoder that every user shares.
+"""Videos to frames, and back: video files through PyAV, and folders of frame images; the one decoder of all users.
 
-The only file that imports PyAV (extra `video`). Pixels come as they are stored: RGB, no crop, no resize, no change of
-frame rate. Knows nothing of data sets, labels or tensors. Everything here may be called from several threads at once,
-and a call decodes in its own thread alone: decode several videos at a time.
+The only file that imports PyAV (extra `video`). Frames come as they are meant to be seen, RGB and upright; no crop, no
+resize, no change of frame rate. Knows nothing of data sets, labels or tensors. Everything here may be called from
+several threads at once, and a call decodes in its own thread alone: decode several videos at a time.
 
 Letters: T frames, H W image axes.
 """
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..files import list_files
 from .images import EXTENSIONS, MAX_PIXELS, BrokenSampleError, read_image
@@ -25,10 +28,12 @@ VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _DEMUXERS = "mov,matroska,avi,gif"  # FFmpeg's names for those; others may fetch what a file names
 _OPTIONS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
 _JITTER = Fraction(1, 10)  # share of the time between two frames that a time stamp may be off
+_SQUARE = Fraction(1, 50)  # from which a pixel's aspect may be off: a scaled size is rounded to whole, even sides
+_CRF = "18"  # of what is written: H.264's constant rate factor, 0 (lossless) to 51
 
 
 class BrokenVideoError(BrokenSampleError):
-    """A video that cannot be decoded, or not as it is wanted: too short, of a variable or too low frame rate."""
+    """A video that cannot be decoded, or not as it is wanted: too short, of a wrong frame rate, of oblong pixels."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,13 @@ class ClipFacts:
 
     Attributes:
         frames: Number of frames.
-        height: Of every frame.
-        width: Of every frame.
+        height: Of every frame, upright.
+        width: Of every frame, upright.
         rate: Mean frames per second, by the time stamps; None of a folder of frames, which does not say.
         constant_rate: The frames are evenly spaced in time, as far as container and encoder can say it: a time stamp
-            may be off by one tick of its clock (milliseconds in mkv and webm, hundredths of a second in gif) or a tenth
-            of the time between two frames. True of a folder of frames.
+            may be off by less than a tenth of the time between two frames, or, where that time is more than two ticks
+            of the container's clock, one tick (milliseconds in mkv and webm, hundredths of a second in gif). An avi
+            ticks once per frame, and its missing frames show. True of a folder of frames.
     """
 
     frames: int
@@ -104,9 +110,10 @@ def clip_files(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
 def probe_clip(path: Path) -> ClipFacts:
     """Find out what a clip is.
 
-    A video file is read whole, but not decoded: its frames are counted by their packets, since the count in a header
-    may be missing or wrong. Of a folder of frames, the first one is decoded. A file that was cut off is an error where
-    the container has an index (mp4, mov, mostly avi); webm, mkv and gif just have fewer frames.
+    A video file is read whole, and its frames are counted by their packets, since the count in a header may be missing
+    or wrong. Only the first frame is decoded, which says how it is turned; so it is of a folder of frames. A file that
+    was cut off is an error where the container has an index (mp4, mov, mostly avi); webm, mkv and gif just have fewer
+    frames.
 
     Args:
         path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images.
@@ -124,29 +131,58 @@ def probe_clip(path: Path) -> ClipFacts:
         first = read_image(paths[0], str(paths[0]))
         return ClipFacts(len(paths), first.height, first.width, None)
     with _open_video(path) as (container, stream):
-        # Packets of no size end the file, and an edit list may have the decoder discard some.
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        rate, constant = _frame_rate(packets, stream)
-        return ClipFacts(len(packets), stream.codec_context.height, stream.codec_context.width, rate, constant)
+        shown: list[int | None] = []
+        first_frame: Any = None
+        # An avi says when a frame is decoded, of which FFmpeg guesses when it is shown, the last a tick too early; in
+        # order, the steps are the same.
+        says_decoded = container.format.name == "avi"
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:  # packets of no size end the file; an edit list discards some
+                shown.append(packet.dts if says_decoded or packet.pts is None else packet.pts)
+            first_frame = first_frame or next(iter(packet.decode()), None)
+        height, width = stream.codec_context.height, stream.codec_context.width
+        if first_frame is not None and _orientation(path, first_frame)[0]:
+            height, width = width, height
+        return ClipFacts(len(shown), height, width, *_frame_rate(shown, stream))
 
 
-def _frame_rate(packets: Sequence[Any], stream: Any) -> tuple[Fraction | None, bool]:
+def _frame_rate(shown: Sequence[int | None], stream: Any) -> tuple[Fraction | None, bool]:
     """Mean rate of a stream's frames by their time stamps, and whether they are evenly spaced.
 
     The stream's own word serves for a single frame alone: it counts the time that the last frame stands, too.
     """
-    # Packets come in the order of decoding. An avi says when a packet is decoded and not when its frame is shown, but
-    # sorted, those are the same steps.
-    shown = [packet.pts if packet.pts is not None else packet.dts for packet in packets]
     stamps = sorted(stamp for stamp in shown if stamp is not None)
-    if len(packets) < 2:
+    if len(shown) < 2:
         return stream.average_rate, True
-    if len(stamps) < len(packets) or stamps[0] == stamps[-1]:
+    if len(stamps) < len(shown) or stamps[0] == stamps[-1]:
         return stream.average_rate, False
     step = Fraction(stamps[-1] - stamps[0], len(stamps) - 1)  # in ticks of the stream's clock
-    tolerance = max(Fraction(1), _JITTER * step)
-    even = all(abs(stamp - stamps[0] - i * step) <= tolerance for i, stamp in enumerate(stamps))
+    # Even times are less than a tick off when rounded to ticks; a frame that is missing has others half a step off.
+    tolerance = max(Fraction(step > 2), _JITTER * step)
+    even = all(abs(stamp - stamps[0] - i * step) < tolerance for i, stamp in enumerate(stamps))
     return 1 / (step * stream.time_base), even
+
+
+def _orientation(path: Path, frame: Any) -> tuple[bool, int, int]:
+    """How a frame comes upright, by its display matrix: height and width swapped, then steps 1 or -1 along both."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 1, 1
+    # Columns x and y go to a x + c y and b x + d y, all in 1 / 65536.
+    a, b, _, c, d = (np.frombuffer(bytes(matrix), np.int32)[:5] / 2**16).tolist()
+    swapped = abs(b) > abs(a)
+    x, y, zeros = (c, b, (a, d)) if swapped else (a, d, (b, c))
+    if not np.allclose((abs(x), abs(y), *zeros), (1, 1, 0, 0), atol=1e-3):
+        raise BrokenVideoError(f"{path} is turned by {frame.rotation} degrees or scaled, expected quarter turns")
+    return swapped, round(y), round(x)
+
+
+def _upright(path: Path, frame: Any) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of a frame, as it is meant to be seen."""
+    swapped, down, right = _orientation(path, frame)
+    pixels = frame.to_ndarray(format="rgb24")
+    pixels = pixels.swapaxes(0, 1) if swapped else pixels
+    return np.ascontiguousarray(pixels[::down, ::right])
 
 
 def read_frames(path: Path, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
@@ -215,7 +251,7 @@ def _video_frames(path: Path, indices: Iterator[int]) -> Iterator[np.ndarray]:
             if frame.is_corrupt:  # parts of it are the decoder's guess, and parts of the next ones rest on it
                 raise BrokenVideoError(f"{path} is damaged in frame {i}")
             if i == index:
-                yield frame.to_ndarray(format="rgb24")
+                yield _upright(path, frame)
                 index = next(indices, None)
             if index is None:
                 return
@@ -248,10 +284,7 @@ def _by_number(path: Path) -> tuple[list[str | int], str]:
 @contextlib.contextmanager
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video file: PyAV's container and its first video stream. FFmpeg's errors name the file."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('video files need PyAV: pip install "iwin-dit[video]"; folders of frames do not') from error
+    av = _pyav()
     if not path.is_file():
         raise FileNotFoundError(f"expected a video file or a folder of frames, got {path}, which is neither")
     if not path.name.lower().endswith(VIDEO_EXTENSIONS):
@@ -264,7 +297,47 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             width, height = stream.codec_context.width, stream.codec_context.height
             if not 0 < width * height <= MAX_PIXELS:
                 raise BrokenVideoError(f"{path}: {width} x {height} pixels a frame, expected 1 to {MAX_PIXELS:,}")
+            aspect = stream.sample_aspect_ratio or 1  # where it is not said, they are square
+            if abs(aspect - 1) > _SQUARE:
+                raise BrokenVideoError(f"{path} has pixels of aspect {aspect}, expected square ones; scale it to those")
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
         raise BrokenVideoError(f"{path} cannot be decoded: {error.strerror}") from error
+
+
+def write_video(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
+    """Write frames as an MP4 file: H.264 in yuv420p, which every player knows, with little loss.
+
+    Args:
+        frames: T images of one size, RGB, with even sides.
+        path: The file to write, .mp4.
+        rate: Frames per second; what is written is the nearest fraction of a denominator up to 1001.
+
+    Raises:
+        ValueError: There are no frames, they are of several sizes or have an odd side, or the rate is none.
+        ImportError: PyAV is not installed.
+    """
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1 or any(side % 2 for side in frames[0].size):
+        raise ValueError(f"expected frames of one size with even sides for {path}, got {sorted(sizes) or 'none'}")
+    fraction = Fraction(rate).limit_denominator(1001) if math.isfinite(rate) else Fraction(0)
+    if fraction <= 0:
+        raise ValueError(f"expected a rate above 0 frames per second for {path}, got {rate}")
+    av = _pyav()
+    with av.open(f"file:{path}", "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fraction, options={"crf": _CRF})
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def _pyav() -> ModuleType:
+    """PyAV, or an ImportError that names the extra."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('video files need PyAV: pip install "iwin-dit[video]"; folders of frames do not') from error
+    return av

@@ -51,8 +51,10 @@ class Request:
         frame_rate: Frames per second at which those files are seen before, see `videos.Cut`.
         resolution: Side of the square that their frames are cropped to as for training.
         batch_size: Images per process at a time.
-        seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, and
-            of the split that gives the floor.
+        seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, of
+            the split that gives the floor, and of the choice of `real_count` clips.
+        max_broken: Clips of fvd's reference that may be left out since they cannot be opened or cut.
+        real_count: So many clips of fvd's reference count, a choice by `seed`; None takes all.
 
     Raises:
         ValueError: The metrics don't exist or don't go together, or a number is out of range.
@@ -70,6 +72,8 @@ class Request:
     seed: int = 0
     frame_rate: float | None = None
     resolution: int | None = None
+    max_broken: int = 0
+    real_count: int | None = None
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, self.protocol)
@@ -77,10 +81,19 @@ class Request:
             raise ValueError(
                 f"expected a batch_size of at least 1 and a seed in [0, 2^32), got {self.batch_size} and {self.seed}"
             )
+        if of_clips(self.metrics) and self.frames < 2:
+            raise ValueError(f"{self.metrics[0]} is of motion: expected clips of at least 2 frames, got {self.frames}")
         if self.cut != Cut(self.frames, self.stride) and self.metrics != ("fvd",):
             raise ValueError(
                 f"a frame rate and a resolution are for the files of fvd, got {self.cut} for {', '.join(self.metrics)}"
             )
+        if self.max_broken < 0 or (self.real_count is not None and self.real_count < 2):
+            raise ValueError(
+                "expected a max_broken of at least 0 and a real_count of at least 2, got "
+                f"{self.max_broken} and {self.real_count}"
+            )
+        if (self.max_broken, self.real_count) != (0, None) and self.metrics != ("fvd",):
+            raise ValueError(f"max_broken and real_count are for the files of fvd, got {', '.join(self.metrics)}")
 
     @property
     def cut(self) -> Cut:
@@ -195,6 +208,8 @@ class Evaluator:
             batch_size=request.batch_size,
             seed=request.seed,
             cut=request.cut,
+            max_broken=request.max_broken,
+            count=request.real_count,
         )
 
     def request_for(self, images: ImageSet) -> dict[str, Any]:

@@ -47,9 +47,11 @@ class RealSide:
         networks: The networks of the metrics, by name.
         device: Where the networks are.
         batch_size: Images per process at a time.
-        seed: Of the split by which the floor is measured, and of the images that KID, precision and recall compare
-            with where there are more than 10,000.
+        seed: Of the split by which the floor is measured, of the images that KID, precision and recall compare with
+            where there are more than 10,000, and of the choice of `count` clips.
         cut: How clips are cut out of files, and out of the moving digits.
+        max_broken: Clips of a folder that may be left out since they cannot be opened or cut.
+        count: So many of a folder's clips count; None takes all.
 
     Attributes:
         images: Those to be measured; None where the statistics are all there is to it.
@@ -70,6 +72,8 @@ class RealSide:
         batch_size: int,
         seed: int,
         cut: Cut,
+        max_broken: int = 0,
+        count: int | None = None,
     ) -> None:
         self.name, self._device, self._batch_size, self._seed = name, device, batch_size, seed
         self._networks = {METRICS[metric].network: networks[METRICS[metric].network] for metric in metrics}
@@ -78,6 +82,7 @@ class RealSide:
         self._paired = [metric for metric in needing if METRICS[metric].kind != "frechet"]
         self.images: ImageSet | None = None
         self.statistics: Reference | None = None
+        self._count = count
         self._prepared: tuple[int, Real] | None = None
         self._record: dict[str, Any] | None = None
         if not needing:
@@ -96,7 +101,9 @@ class RealSide:
         elif "fvd" in needing:
             if name in BUILT_IN or not Path(name).is_dir():
                 raise ValueError(f"fvd compares clips: expected a folder of clips as reference, got {name}")
-            self.images = VideoFiles(Path(name), cut)
+            self.images = VideoFiles(Path(name), cut, max_broken=max_broken)
+            if count is not None and count > len(self.images):
+                raise ValueError(f"expected at least {count} clips to choose from in {name}, got {len(self.images)}")
         elif _has_statistics(name):
             self.statistics, self.images = self._open_statistics(Path(name))
         else:
@@ -111,9 +118,11 @@ class RealSide:
 
     @property
     def count(self) -> int | None:
-        """Number of real images; None where a file of statistics does not say."""
+        """Number of real images that count; None where a file of statistics does not say."""
         if self.statistics is not None:
             return (self.statistics.provenance or {}).get("n")
+        if self._count is not None:
+            return self._count
         return None if self.images is None else len(self.images)
 
     def prepare(self, n_fake: int, *, stopping: Callable[[], bool], progress: bool) -> bool:
@@ -140,7 +149,7 @@ class RealSide:
         if self.images is None:
             self._prepared = (n_fake, self._from_statistics())
             return True
-        total = len(self.images)
+        total = self._count or len(self.images)
         frechet = [] if self.statistics is not None else self._frechet  # those that the images are measured for
         n = min(n_fake, total // 2)
         if n < 2 or not frechet:
@@ -294,7 +303,8 @@ class RealSide:
         kept = None if self._n_kept is None else {"n": self._n_kept, "of": len(self.images or ())}
         if self.statistics is None:
             assert images is not None
-            return {"kind": "images", **images, "images": kept}
+            chosen = {} if self._count is None else {"chosen_from": len(self.images or ())}
+            return {"kind": "images", **images, **chosen, "images": kept}
         return {
             **self.about(),
             "sha256": sha256(self.statistics.path),
@@ -321,11 +331,16 @@ class LabelledClips(ImageTensor):
         clips: `(N, T, 3, H, W)` uint8.
         labels: Class of each, N of them.
         stride: Frames of the motion from one of a clip to the next.
+
+    Attributes:
+        frames: T.
+        fps: Frames per second that the clips stand for.
     """
 
     def __init__(self, clips: Tensor, labels: Sequence[int], stride: int) -> None:
         super().__init__(clips, "moving_digits")
         self.frames, self._labels, self._stride = clips.shape[1], labels, stride
+        self.fps = DEFAULT_CLIPS.frame_rate / stride
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """Classes of some of the clips.
@@ -340,7 +355,8 @@ class LabelledClips(ImageTensor):
 
     def record(self) -> dict[str, Any]:
         """What identifies the set: pixels, labels and how it was made."""
-        return {**super().record(), "frames": self.frames, "stride": self._stride, "digits": "held out"}
+        motion = {"frames": self.frames, "stride": self._stride, "fps": self.fps}
+        return {**super().record(), **motion, "digits": "held out"}
 
 
 def moving_digits(cut: Cut) -> LabelledClips:

@@ -5,7 +5,7 @@ Must not know how it was measured.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,22 @@ def warnings(measurement: Measurement) -> list[str]:
     """
     reference, generated = measurement.record["reference"], measurement.record["generated"]
     sizes = early_warnings(
-        reference or {}, generated["image_size"], measurement.record["protocol"], generated.get("fps")
+        reference or {},
+        generated["image_size"],
+        measurement.record["protocol"],
+        generated.get("fps"),
+        generated.get("stored_as", ()),
     )
     about_counts = (_about_counts, _about_real_counts, _about_chunks)
     return [*(line for about in about_counts for line in about(measurement)), *sizes, *_about_values(measurement)]
 
 
 def early_warnings(
-    reference: Mapping[str, Any], image_size: Sequence[int], protocol: str | None, fps: float | None = None
+    reference: Mapping[str, Any],
+    image_size: Sequence[int],
+    protocol: str | None,
+    fps: float | None = None,
+    stored_as: Iterable[str] = (),
 ) -> list[str]:
     """Say what the two sides may not have in common, which is known before the work.
 
@@ -93,6 +101,7 @@ def early_warnings(
         image_size: Of the generated images, height and width.
         protocol: By which they are measured.
         fps: Frames per second of generated clips, where it is known.
+        stored_as: Kinds of the generated files, such as ".mp4".
 
     Returns:
         A sentence each, as `warnings` has them too.
@@ -107,6 +116,11 @@ def early_warnings(
         found.append(
             f"the reference's clips have {real_fps:.4g} frames per second, the generated ones {fps:.4g}: motion is "
             "compared at two speeds"
+        )
+    if ".gif" in stored_as:
+        found.append(
+            "there are GIFs among the generated clips, which have 256 colours, and of equal frames in a row only one: "
+            "`sample.py --format frames` writes them as they were sampled"
         )
     if reference.get("protocol") == "not stated":
         found.append(f"{reference['path']} does not say by which protocol it was made; it is taken for {protocol!r}")

@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import diffusers
@@ -20,6 +21,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..pipelines import IwinDiTPipeline, IwinDiTVideoPipeline
+from ..pipelines.loading import EXPORT_RECORD
 
 Pipeline = IwinDiTPipeline | IwinDiTVideoPipeline
 Labels = Literal["balanced", "random"]
@@ -242,6 +244,21 @@ def generator_seed(seed: int, index: int) -> int:
     return seed * MAX_COUNT + index
 
 
+def training_cut(pipe: IwinDiTVideoPipeline) -> tuple[float, int] | None:
+    """Find out how training cut the clips of a model, so that real ones are cut as those were.
+
+    Args:
+        pipe: Loaded from its folder.
+
+    Returns:
+        Frame rate at which videos were seen, and stride, as training recorded them beside the pipeline; None where
+        there is no such record.
+    """
+    path = Path(pipe.name_or_path or "") / EXPORT_RECORD
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return (record["frame_rate"], record["frame_stride"]) if "frame_rate" in record else None
+
+
 def build_scheduler(pipe: Pipeline, name: str | None) -> SchedulerMixin:
     """Build a scheduler by name, set up for the pipeline's model.
 
@@ -307,11 +324,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _call_settings(pipe: Pipeline, sampling: Sampling) -> dict[str, Any]:
     """Arguments of the pipeline's call, its own defaults where none is given, so that what is recorded is what ran."""
-    defaults = inspect.signature(pipe.__call__).parameters
+    parameters = inspect.signature(pipe.__call__).parameters
     given = {
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance,
         "guidance_interval": sampling.guidance_interval,
         "guidance_channels": sampling.guidance_channels,
     }
-    return {name: defaults[name].default if value is None else value for name, value in given.items()}
+    defaults = {**{name: parameters[name].default for name in given}, "guidance_scale": pipe.default_guidance_scale}
+    return {name: defaults[name] if value is None else value for name, value in given.items()}

@@ -7,6 +7,7 @@ Letters: B batch, T frames, H W image axes.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from ..data.images import BrokenSampleError, centre_crop
 from ..data.videos import ClipFacts, decode_frames, frame_paths, list_clips, probe_clip
 from ..files import sha256
 from ..metrics.images import count_duplicates
+
+logger = logging.getLogger(__name__)
 
 THREADS = 4  # each decodes a clip of its own
 _LISTED = 5  # clips that a message names
@@ -94,9 +97,11 @@ class VideoFiles:
     Args:
         folder: Where to look.
         cut: Which frames count, and which part of them.
+        max_broken: How many clips may be left out, named in a warning and in the record, since they cannot be opened or
+            cut so. Of damage that only decoding shows, `read` raises.
 
     Attributes:
-        paths: The clips.
+        paths: The clips, without those that are left out.
         cut: As given.
         frames: T.
         size: Height and width, after the crop.
@@ -105,23 +110,28 @@ class VideoFiles:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds fewer than two clips, or clips that are broken, cannot be cut so, or, where they are not
-            cropped, are of several sizes.
+        ValueError: If it holds fewer than two clips that can be cut so, more others than may be left out, one clip in
+            several formats, or, where they are not cropped, clips of several sizes.
         ImportError: If there are video files and PyAV is not installed.
     """
 
     prefetch = True
 
-    def __init__(self, folder: Path, cut: Cut | None = None) -> None:
+    def __init__(self, folder: Path, cut: Cut | None = None, max_broken: int = 0) -> None:
         self.name, self.folder, self.cut = str(folder), folder, cut or Cut()
         self.frames = self.cut.frames
-        self.paths = list_clips(folder)
-        if len(self.paths) < 2:
-            found = len(self.paths)
-            raise ValueError(f"expected at least 2 clips (video files or folders of frames) in {folder}, got {found}")
+        found = list_clips(folder)
+        _check_formats(found)
         self._pool = ThreadPoolExecutor(THREADS)
-        facts = list(self._pool.map(probe_clip, self.paths))
-        self._chosen = self._choose(facts)
+        self.paths, facts, self._chosen = self._choose(found, max_broken)
+        used = set(self.paths)
+        self._broken = [path.relative_to(folder).as_posix() for path in found if path not in used]
+        if len(self.paths) < 2:
+            skipped = f", {len(self._broken)} left out" if self._broken else ""
+            raise ValueError(
+                f"expected at least 2 clips (video files or folders of frames) in {folder}, got {len(self.paths)}"
+                f"{skipped}"
+            )
         self.size = self._common_size(facts)
         self.image_size = list(self.size)
         self._rates = [float(clip.rate) for clip in facts if clip.rate is not None]
@@ -154,21 +164,29 @@ class VideoFiles:
             self._record = self._identify()
         return self._record
 
-    def _choose(self, facts: Sequence[ClipFacts]) -> list[list[int]]:
-        """The frames of every clip; a ValueError that names those of which none can be cut."""
-        chosen, wrong = [], []
-        for path, clip in zip(self.paths, facts, strict=True):
+    def _choose(self, found: Sequence[Path], max_broken: int) -> tuple[list[Path], list[ClipFacts], list[list[int]]]:
+        """Path, facts and frames of every clip that can be cut; those that cannot are named."""
+
+        def choose(path: Path) -> tuple[Path, ClipFacts, list[int]] | str:
             try:
-                chosen.append(self.cut.choose(path, clip))
+                facts = probe_clip(path)
+                return path, facts, self.cut.choose(path, facts)
             except BrokenSampleError as error:
-                wrong.append(str(error))
+                return str(error)
+
+        results = list(self._pool.map(choose, found))
+        wrong = [result for result in results if isinstance(result, str)]
         if wrong:
             listed = "\n  ".join(wrong[:_LISTED] + ["..."] * (len(wrong) > _LISTED))
-            raise ValueError(
-                f"expected {self.cut} in every clip of {self.folder}, but {len(wrong)} of {len(facts)} cannot be cut "
-                f"so:\n  {listed}"
-            )
-        return chosen
+            of_all = f"{len(wrong)} of {len(found)} cannot be cut so:\n  {listed}"
+            if len(wrong) > max_broken:
+                raise ValueError(
+                    f"expected {self.cut} in every clip of {self.folder} (at most {max_broken} may be left out), but "
+                    f"{of_all}"
+                )
+            logger.warning("%d clips are left out of %s: of %s, %s", len(wrong), self.folder, self.cut, of_all)
+        cuts = [result for result in results if not isinstance(result, str)]
+        return [path for path, _, _ in cuts], [facts for _, facts, _ in cuts], [chosen for _, _, chosen in cuts]
 
     def _common_size(self, facts: Sequence[ClipFacts]) -> tuple[int, int]:
         if self.cut.resolution is not None:
@@ -205,6 +223,7 @@ class VideoFiles:
             "stored_as": dict(sorted(kinds.items())),  # compression artefacts change a distance
             "sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
             "duplicates": count_duplicates([digest.encode() for digest in digests], self.name),
+            "broken": self._broken,  # of which none is counted in what stands above
         }
 
     def _decode(self, index: int, clip: np.ndarray) -> None:
@@ -218,6 +237,19 @@ class VideoFiles:
         if decoded[0].shape != clip.shape[1:]:
             raise ValueError(f"expected frames {clip.shape[1:]} in {path}, got {decoded[0].shape}")
         clip[...] = decoded
+
+
+def _check_formats(paths: Sequence[Path]) -> None:
+    """Raise a ValueError for clips of one name in several formats, as `sample.py` leaves them: each would count twice.
+
+    A folder of frames `a` beside `a.mp4` is one of the formats.
+    """
+    counts = Counter(path if path.is_dir() else path.with_suffix("") for path in paths)
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"expected each clip once, got {len(twice)} in several formats, as {twice[0]}: keep one format, and the "
+            "grid of all clips elsewhere (sample.py --format frames --grid)"
+        )
 
 
 def same_rate(first: float, second: float) -> bool:

@@ -1,8 +1,8 @@
 """Depthwise convolution on channels-last grids of rank 1 to 3; knows nothing of windows or attention.
 
 Every rank runs on torch's 2-D depthwise kernel, fed a channels-last view, so that no axis is ever moved in memory. A
-3-D kernel is the sum of its temporal taps, each a 2-D convolution of all frames at once: torch's own depthwise conv3d
-takes about twice as long (docs/LOG.md).
+3-D kernel is the sum of its temporal taps, each a 2-D convolution of all frames at once, shifted in time: torch's own
+depthwise conv3d takes about twice as long (docs/LOG.md), and shifted inputs would be copied and kept for the gradient.
 """
 
 import math
@@ -87,14 +87,13 @@ class DepthwiseConv(nn.Module):
         return self.kernel_size[0] - 1 if self.causal else self.kernel_size[0] // 2
 
     def _conv3d(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        batch, frames = x.shape[:2]
+        frames, images = x.shape[1], x.flatten(0, 1)
         taps = weight.unbind(2)  # (C, 1, K, K) each
-        y = self._conv2d(x.flatten(0, 1), taps[self.own_tap], self.bias).unflatten(0, (batch, frames))
+        y = self._conv2d(images, taps[self.own_tap], self.bias).unflatten(0, x.shape[:2])
         for step, tap in enumerate(taps, start=-self.own_tap):  # frame t reads frame t + step through this tap
             if step and abs(step) < frames:  # a tap that reaches further reads only the zero frames outside
-                first, end = max(0, -step), min(frames, frames - step)  # the frames t that have a frame t + step
-                read = x[:, first + step : end + step].flatten(0, 1)
-                y[:, first:end] += self._conv2d(read, tap, None).unflatten(0, (batch, end - first))
+                sums = self._conv2d(images, tap, None).unflatten(0, x.shape[:2])
+                y = y + F.pad(sums, (0, 0, 0, 0, 0, 0, -step, step))  # shifted in time: negative padding crops
         return y
 
     @staticmethod

@@ -44,7 +44,7 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         latents_std: Per-channel standard deviation, likewise.
 
     Raises:
-        ValueError: If the model has another rank, or the VAE or the statistics do not fit it.
+        ValueError: If the model has another rank, or the VAE, its sizes or the statistics do not fit it.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -90,6 +90,12 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"the VAE has {self.codec.latent_channels} latent channels, the transformer takes "
                 f"{transformer.config.in_channels}"
             )
+        try:
+            _ = self.default_size
+        except ValueError as error:
+            raise ValueError(
+                f"the VAE decodes no latents of the transformer's sample_size {transformer.latent_size}: {error}"
+            ) from error
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -112,6 +118,11 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if self._codec is None or self._codec.vae is not self.vae:
             self._codec = LatentCodec(self.vae, self.config.latents_mean, self.config.latents_std)
         return self._codec
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """Guidance scale of a call that gives none: 3, or 1 for a model whose null class was never trained."""
+        return 3.0 if self.transformer.config.class_dropout_prob > 0 else 1.0
 
     @property
     def guidance_scale(self) -> float:
@@ -197,7 +208,7 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             size: (H, W) or (T, H, W) in pixels and frames (latent cells for a pipeline without VAE).
             num_inference_steps: At least 1.
             sigmas: None, or noise levels in (0, 1], falling, for a flow-matching model.
-            guidance_scale: At least 1, and finite.
+            guidance_scale: At least 1, and finite; 1 for a model whose null class was never trained.
             guidance_interval: Noise levels, low before high, in [0, 1].
             guidance_channels: None or 1 to the model's channels.
             num_per_label: At least 1.
@@ -207,11 +218,13 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         Raises:
             ValueError: If an argument is out of its range; the message says which, what was expected and given.
         """
+        counts = {"num_inference_steps": num_inference_steps, f"num_{self.sample_word}s_per_label": num_per_label}
+        sizes = zip(("num_frames", "height", "width")[-self.rank :], size, strict=True)
+        for name, value in (*sizes, *counts.items()):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         self._check_size(size)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            (f"num_{self.sample_word}s_per_label", num_per_label),
-        ):
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if sigmas is not None:
@@ -222,6 +235,11 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if not 1.0 <= guidance_scale < math.inf:  # NaN compares with nothing
             wanted = "finite" if guidance_scale == math.inf else "at least 1, and 1 turns guidance off"
             raise ValueError(f"guidance_scale must be {wanted}, got {guidance_scale}")
+        if guidance_scale > 1.0 and self.transformer.config.class_dropout_prob == 0:
+            raise ValueError(
+                "guidance_scale must be 1 for this model, which was trained with class_dropout_prob 0: its null class, "
+                f"which guidance needs, was never trained; got {guidance_scale}"
+            )
         low, high = guidance_interval
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"guidance_interval must be (low, high) noise levels in [0, 1], got {guidance_interval}")
@@ -382,7 +400,7 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         size: Sequence[int | None],
         num_inference_steps: int,
         sigmas: Sequence[float] | None,
-        guidance_scale: float,
+        guidance_scale: float | None,
         guidance_interval: tuple[float, float],
         guidance_channels: int | None,
         num_per_label: int,
@@ -396,6 +414,7 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         """Do what a public call does; arguments as there, `size` being theirs by axis."""
         # 1. Arguments
         output_type = output_type or self._default_output_type()
+        guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         full_size = [default if n is None else n for n, default in zip(size, self.default_size, strict=True)]
         if isinstance(callback_on_step_end, PipelineCallback):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

@@ -62,7 +62,7 @@ class IwinDiTPipeline(IwinDiTPipelineBase):
         width: int | None = None,
         num_inference_steps: int = 50,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
         num_images_per_label: int = 1,
@@ -83,7 +83,8 @@ class IwinDiTPipeline(IwinDiTPipelineBase):
             width: Image width, likewise.
             num_inference_steps: Scheduler steps. Ignored where `sigmas` are given.
             sigmas: Noise levels from 1 downwards, before the scheduler's shift, in place of even ones.
-            guidance_scale: Classifier-free guidance; 1 turns it off and halves the cost.
+            guidance_scale: Classifier-free guidance; 1 turns it off and halves the cost. None means
+                `default_guidance_scale`: 3, or 1 for a model trained with `class_dropout_prob` 0, which has no other.
             guidance_interval: Noise levels (low, high), 0 = data, 1 = noise, between which to guide.
             guidance_channels: Guide only the first so many latent channels (None: all); for parity with published
                 LightningDiT and FlashDiT numbers.

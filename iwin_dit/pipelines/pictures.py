@@ -1,16 +1,15 @@
-"""Labelled grids of pictures and of clips, for previews and samples, and clips as files that can be played."""
+"""Labelled grids of pictures and of clips, for previews and samples, and clips as GIFs."""
 
-import contextlib
-import importlib.util
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers.utils.export_utils import encode_video
 from PIL import Image, ImageDraw, ImageFont
 
 GIF_MAX_FPS = 50.0  # a GIF counts time in hundredths of a second, and players take 2 of them to be the least
+GIF_MIN_FPS = 100 / 65535  # in 16 bits
+GRID_MAX_SIDE = 65535  # pixels of a GIF: 16 bits
+GRID_MAX_PIXELS = 2**28  # of all frames of a grid together, which lie in memory at once: 0.8 GB
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], cell: int = 64) -> Image.Image:
@@ -24,13 +23,9 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], cel
     Returns:
         One picture.
     """
-    width, height = rows[0][0].size
-    factor = max(1, -(-cell // height))
-    width, height = width * factor, height * factor
-    font = ImageFont.load_default(size=max(12, height // 5))
-    margin = 8 + max(int(font.getlength(label)) for label in labels)
+    (width, height), font, margin = _layout(rows[0][0].size, labels, cell)
     columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (margin + 4 + columns * (width + 2), len(rows) * (height + 2)), "white")
+    grid = Image.new("RGB", grid_size(rows[0][0].size, columns, labels, cell), "white")
     draw = ImageDraw.Draw(grid)
     for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
         middle = y * (height + 2) + height // 2
@@ -39,6 +34,58 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], cel
             picture = image.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(picture, (margin + 4 + x * (width + 2), y * (height + 2)))
     return grid
+
+
+def grid_size(size: tuple[int, int], columns: int, labels: Sequence[str], cell: int = 64) -> tuple[int, int]:
+    """Size of an `image_grid`.
+
+    Args:
+        size: Width and height of a picture in pixels.
+        columns: Pictures in a row.
+        labels: Text per row.
+        cell: As for `image_grid`.
+
+    Returns:
+        Width and height in pixels.
+    """
+    (width, height), _, margin = _layout(size, labels, cell)
+    return margin + 4 + columns * (width + 2), len(labels) * (height + 2)
+
+
+def check_grid(
+    size: tuple[int, int], columns: int, labels: Sequence[str], frames: int = 1, fps: float | None = None
+) -> None:
+    """Refuse a grid that is too large for a file or for memory, or too fast for a GIF.
+
+    Args:
+        size: Width and height of a picture in pixels.
+        columns: Pictures in a row.
+        labels: Text per row.
+        frames: Of a clip, each of which is a grid.
+        fps: Frames per second of clips; None of pictures.
+
+    Raises:
+        ValueError: If a side is longer than `GRID_MAX_SIDE`, the frames have more than `GRID_MAX_PIXELS` together, or
+            `check_gif` refuses the rate.
+    """
+    if fps is not None:
+        check_gif(fps)
+    width, height = grid_size(size, columns, labels)
+    if max(width, height) > GRID_MAX_SIDE or frames * width * height > GRID_MAX_PIXELS:
+        raise ValueError(
+            f"a grid has sides of at most {GRID_MAX_SIDE:,} pixels and {GRID_MAX_PIXELS:,} pixels in all, got "
+            f"{frames} of {width:,} x {height:,}"
+        )
+
+
+def _layout(
+    size: tuple[int, int], labels: Sequence[str], cell: int
+) -> tuple[tuple[int, int], ImageFont.ImageFont | ImageFont.FreeTypeFont, int]:
+    """Width and height of a picture as shown, the font of the labels, and the width that they take."""
+    factor = max(1, -(-cell // size[1]))
+    width, height = size[0] * factor, size[1] * factor
+    font = ImageFont.load_default(size=max(12, height // 5))
+    return (width, height), font, 8 + max(int(font.getlength(label)) for label in labels)
 
 
 def clip_grid(rows: Sequence[Sequence[Sequence[Image.Image]]], labels: Sequence[str]) -> list[Image.Image]:
@@ -67,10 +114,11 @@ def check_gif(fps: float) -> None:
         fps: Frames per second.
 
     Raises:
-        ValueError: If it is not above 0 and at most `GIF_MAX_FPS`.
+        ValueError: If it is not from `GIF_MIN_FPS` to `GIF_MAX_FPS`.
     """
-    if not 0.0 < fps <= GIF_MAX_FPS:
-        raise ValueError(f"a GIF shows more than 0 and at most {GIF_MAX_FPS:g} frames per second, got {fps:g}")
+    if not GIF_MIN_FPS <= fps <= GIF_MAX_FPS:
+        rates = f"{GIF_MIN_FPS:.2g} to {GIF_MAX_FPS:g} frames per second"
+        raise ValueError(f"a GIF shows {rates}, got {fps:g}: choose another rate or format")
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
@@ -94,41 +142,18 @@ def save_gif(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def check_mp4(width: int, height: int, fps: float) -> None:
-    """Refuse what diffusers' `encode_video` would fail at, or change: it writes H.264 at whole frames per second.
+def save_frames(frames: Sequence[Image.Image], folder: Path) -> None:
+    """Write frames as PNGs, 0000.png and so on: without loss, and as clips are read from folders.
 
     Args:
-        width: Of a frame, in pixels.
-        height: Likewise.
-        fps: Frames per second.
-
-    Raises:
-        ValueError: If a side is odd, or the rate is not a whole number.
-        ImportError: If PyAV is not installed.
+        frames: PIL images.
+        folder: Where; PNGs that it has already are deleted, or a longer clip's would be read as the end of this one.
     """
-    if importlib.util.find_spec("av") is None:
-        raise ImportError('an MP4 file needs PyAV: pip install "iwin-dit[video]"')
-    if width % 2 or height % 2:
-        raise ValueError(f"an MP4 file (H.264, yuv420p) has even sides, got {width} x {height} pixels")
-    if fps < 1 or fps % 1:
-        raise ValueError(f"an MP4 file is written at whole frames per second, got {fps:g}")
-
-
-def save_mp4(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """Write frames as an MP4 file: H.264, with loss.
-
-    Args:
-        frames: PIL images of one size, RGB.
-        path: File to write.
-        fps: Frames per second.
-
-    Raises:
-        ValueError: If `check_mp4` refuses size or rate.
-        ImportError: If PyAV is not installed.
-    """
-    check_mp4(*frames[0].size, fps)
-    with contextlib.redirect_stderr(io.StringIO()):  # it shows a progress bar for every file
-        encode_video(list(frames), int(fps), str(path))
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    for i, frame in enumerate(frames):
+        frame.save(folder / f"{i:04d}.png")
 
 
 def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:

@@ -7,6 +7,7 @@ Letters: B batch, C latent channels, T frames, H W pixels, t h w latent frames a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         fps: Frames per second of the training clips, so that samples can be played at their speed.
 
     Raises:
-        ValueError: If the model is one for images, the VAE has other latent channels than the transformer, the
-            statistics do not fit it, or `fps` is not above 0.
+        ValueError: If the model is one for images, the VAE has other latent channels than the transformer or gives no
+            latents of its size, the statistics do not fit it, or `fps` is not above 0.
     """
 
     rank = 3
@@ -82,7 +83,7 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         width: int | None = None,
         num_inference_steps: int = 50,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
         num_videos_per_label: int = 1,
@@ -107,7 +108,8 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
             width: Frame width, likewise.
             num_inference_steps: Scheduler steps. Ignored where `sigmas` are given.
             sigmas: Noise levels from 1 downwards, before the scheduler's shift, in place of even ones.
-            guidance_scale: Classifier-free guidance; 1 turns it off and halves the cost.
+            guidance_scale: Classifier-free guidance; 1 turns it off and halves the cost. None means
+                `default_guidance_scale`: 3, or 1 for a model trained with `class_dropout_prob` 0, which has no other.
             guidance_interval: Noise levels (low, high), 0 = data, 1 = noise, between which to guide.
             guidance_channels: Guide only the first so many latent channels (None: all).
             num_videos_per_label: Clips per entry of `class_labels`, next to each other.
@@ -174,6 +176,6 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
 
 
 def _checked_rate(fps: float) -> float:
-    if not 0.0 < fps < math.inf:  # NaN compares with nothing
-        raise ValueError(f"fps must be above 0 and finite, got {fps}")
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0.0 < fps < math.inf:  # NaN compares with nothing
+        raise ValueError(f"fps must be a number above 0 and finite, got {fps!r}")
     return float(fps)

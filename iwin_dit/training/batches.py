@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSteps:
-    """Joint training on clips and images: in some steps, one latent frame of every clip stands for it.
+    """Training on clips and on single frames of them: in some steps, one latent frame of every clip stands for it.
 
     Attributes:
         share: Of the steps that train on single frames.

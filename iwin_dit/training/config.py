@@ -23,10 +23,12 @@ from ..data.clips import ClipSettings
 from ..diffusion import DDPM, FlowMatching, Objective
 from ..evaluation.samples import MAX_COUNT, MAX_SEED
 from ..evaluation.suite import METRICS, check_metrics, needs_reference, of_clips
-from ..models.transformer import IwinDiTCore, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from ..models.transformer import IwinDiTCore, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, window_schedule
 
 Modality = Literal["image", "video"]
+InitClasses = Literal["keep", "fresh"]
 MODELS: dict[str, type[IwinDiTCore]] = {"image": IwinDiTTransformer2DModel, "video": IwinDiTTransformer3DModel}
+MAX_COMPILED = 8  # variants of a block that torch's compiler builds before it gives up, its recompile_limit
 
 
 @dataclass
@@ -162,7 +164,8 @@ class TrainConfig:
             ACCELERATE_GRADIENT_ACCUMULATION_STEPS, where the launcher sets it).
         mixed_precision: "auto" takes the launcher's, or "no".
         gradient_checkpointing: Recompute blocks in the backward pass, for memory.
-        compile: Compile the repeated block.
+        compile: Compile the repeated block, once for every window of a schedule, and once more where some steps are of
+            single frames and others not; of more than 8 such variants it is refused.
         ema_halflife_images: Images after which a weight counts half in the averaged weights; a twentieth of the images
             seen so far where that is less. 1,774,000 is DiT's decay of 0.9999 per step of 256.
         max_skipped_steps: So many steps with a non-finite loss or gradient in a row end the run.
@@ -194,7 +197,8 @@ class TrainConfig:
 class LogConfig:
     """What is written, and every how many steps (and at the last one); 0 turns validation and previews off.
 
-    Previews go to the tracker, too: to TensorBoard's and W&B's images, those of video as moving GIFs.
+    Previews go to the tracker, too: to TensorBoard's and W&B's images, those of video as moving GIFs. In these a frame
+    is scaled down to at most 128 pixels a side; a GIF of many clips is large all the same, so name a few classes.
 
     Attributes:
         every: Loss, rate and speed to metrics.jsonl and the tracker; at least 1.
@@ -204,7 +208,7 @@ class LogConfig:
         preview_classes: Classes in the grid, one row each; empty means the first ten.
         preview_columns: Images per class.
         preview_steps: Sampler steps.
-        preview_guidance_scale: Guidance scale.
+        preview_guidance_scale: Guidance scale; 1 turns guidance off, which model.class_dropout_prob 0 asks for.
         checkpoint_every: A checkpoint to resume from and the pipeline; 0 writes them at the last step alone.
         keep_last: How many checkpoints to keep, at least 1.
         keep_every: Checkpoints whose step this divides are kept besides; 0 keeps none.
@@ -239,13 +243,15 @@ class EvalConfig:
             video "moving_digits" or a folder of videos; null for metrics that need none.
         num_samples: Images or clips, over all processes, balanced over the classes.
         num_inference_steps: Sampler steps.
-        guidance_scale: Guidance scale; 1 turns guidance off.
+        guidance_scale: Guidance scale; 1 turns guidance off, which model.class_dropout_prob 0 asks for.
         batch_size: Images per process at a time; changes no image.
         seed: Below 4096. The noise of image i is decided by seed and i alone, the same in every evaluation.
         protocol: Resize and normalisation of the images for Inception.
         inception_weights: File of its weights; null takes the cached ones.
         dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
         i3d: TorchScript file of I3D, for fvd.
+        max_broken_clips: For fvd: so many of the reference's videos may be unusable, and are left out. (With
+            data.max_broken_images, each counts once for every clip of it.)
     """
 
     every: int = 0
@@ -260,6 +266,7 @@ class EvalConfig:
     inception_weights: str | None = None
     dinov2: str | None = None
     i3d: str | None = None
+    max_broken_clips: int = 0
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -275,10 +282,12 @@ class Config:
         run: Run folder.
         resume: "latest", which goes past damaged checkpoints, or the one to go on from; a run without any starts.
         overwrite: Start afresh in a run folder that holds another run.
-        dry_run: Print the resolved configuration and the size of the model, then exit.
+        dry_run: Print the resolved configuration and the size of the model, load what `init_from` names, then exit.
         modality: "image" or "video": which model, pipeline and data.
         init_from: Run, checkpoint, pipeline or Hub id whose weights, the averaged ones, a new run starts from: of the
             same model, or of an image model for a video model. A run that goes on does not read it again.
+        init_classes: "keep" starts from the label embeddings there, too; "fresh" takes of them the one that stands for
+            no class alone, for other classes, and as many as model.num_classes.
         model: Keyword arguments of `IwinDiTTransformer2DModel`, for video of `IwinDiTTransformer3DModel`.
         objective: Which of the two objectives below trains.
         flow_matching: Settings of objective "flow_matching".
@@ -297,6 +306,7 @@ class Config:
     dry_run: bool = False
     modality: Modality = "image"
     init_from: str | None = None
+    init_classes: InitClasses = "keep"
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"
     flow_matching: FlowMatching = field(default_factory=FlowMatching)
     ddpm: DDPM = field(default_factory=DDPM)
@@ -310,9 +320,13 @@ class Config:
         idle = "ddpm" if self.objective == "flow_matching" else "flow_matching"
         if getattr(self, idle) != type(getattr(self, idle))():
             raise ValueError(f"{idle} settings have no effect with objective {self.objective!r}: remove them")
+        if self.init_classes == "fresh" and self.init_from is None:
+            raise ValueError("init_classes 'fresh' has no effect without init_from: leave it out")
         self._check_numbers()
         self._check_clips()
         self._check_metrics()
+        self._check_guidance()
+        self._check_compilation()
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
             raise ValueError(
@@ -346,6 +360,11 @@ class Config:
                 f"data.frames and data.frame_rate must be given for modality 'video', got {data.frames} and "
                 f"{data.frame_rate}"
             )
+        if isinstance(data.holdout, int) and data.holdout % data.clips_per_video:
+            raise ValueError(
+                f"data.holdout must be a multiple of data.clips_per_video {data.clips_per_video}, as all clips of a "
+                f"video are held out together, got {data.holdout}"
+            )
         patch_size = self.model["patch_size"]
         temporal_patch = patch_size if isinstance(patch_size, int) else patch_size[0]
         if data.image_steps and temporal_patch > 1 and self.model["single_frame"] == "refuse":
@@ -374,6 +393,40 @@ class Config:
                 f"eval.reference must be given for {', '.join(needing)}: 'digits', or a file that `evaluate_fid.py "
                 "reference` makes; for video 'moving_digits', or a folder of videos. Set eval.every to 0 to train "
                 "without evaluation"
+            )
+        if self.eval.every and self.eval.max_broken_clips and names != ("fvd",):
+            raise ValueError(
+                f"eval.max_broken_clips is for fvd, whose reference is a folder of videos, got "
+                f"{self.eval.max_broken_clips} with eval.metrics {self.eval.metrics!r}: leave it out"
+            )
+
+    def _check_guidance(self) -> None:
+        """Raise a ValueError where samples would be guided by a null class that is never trained."""
+        if self.model["class_dropout_prob"]:
+            return
+        for section, name, every in (
+            ("log", "preview_guidance_scale", self.log.preview_every),
+            ("eval", "guidance_scale", self.eval.every),
+        ):
+            scale = getattr(getattr(self, section), name)
+            if every and scale > 1:
+                raise ValueError(
+                    f"{section}.{name} must be 1 where model.class_dropout_prob is 0, which leaves the null class "
+                    f"that guidance needs untrained, got {scale}"
+                )
+
+    def _check_compilation(self) -> None:
+        """Raise a ValueError for more variants of the block than the compiler builds, or the first step ends."""
+        if not self.train.compile or self.model["window_size"] == "auto":
+            return
+        rank = MODELS[self.modality].rank
+        windows = len(set(window_schedule(self.model["window_size"], rank, self.model["num_layers"])))
+        lengths = 2 if 0 < self.data.image_steps < 1 else 1  # of clips, and of single frames
+        if windows * lengths > MAX_COMPILED:
+            raise ValueError(
+                f"train.compile takes at most {MAX_COMPILED} variants of the block, got {windows} different windows in "
+                f"model.window_size{' for clips and for single frames' if lengths == 2 else ''}: use fewer, or set "
+                "train.compile to false"
             )
 
     def build_objective(self) -> Objective:
@@ -446,7 +499,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("data.max_broken_images", "data.holdout", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
             *("log.validate_every", "log.preview_every", "log.checkpoint_every", "log.keep_every"),
-            "eval.every",
+            *("eval.every", "eval.max_broken_clips"),
         ),
     ),
     "above 0": (
@@ -506,6 +559,9 @@ def build_parser(prog: str, modality: str = "image") -> ConfigParser:
     parser.add_argument("--dry-run", action="store_true", help="print configuration and model size, then exit")
     parser.add_argument("--modality", type=Modality, default="image", help="decides the keys of the model section")
     parser.add_argument("--init_from", type=str | None, default=None, help="whose weights a new run starts from")
+    parser.add_argument(
+        "--init_classes", type=InitClasses, default="keep", help="label embeddings: theirs, or new ones"
+    )
     parser.add_class_arguments(MODELS[modality], "model")
     parser.add_argument("--objective", type=Literal["flow_matching", "ddpm"], default="flow_matching")
     for name, section in SECTIONS.items():

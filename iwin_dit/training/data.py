@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 
-from ..data.codec import LatentCodec
+from ..data.codec import LatentCodec, encoder_channels
 from ..data.encode import EncodeSettings
 from ..data.extract import Extraction
 from ..data.facts import check_made_from
@@ -101,7 +101,7 @@ def open_codec(data: DataConfig, device: torch.device) -> LatentCodec:
         vae = open_vae(data.vae).to(device)
         if data.latent_statistics == "vae":
             return LatentCodec(vae)
-        channels = vae.config.latent_channels  # the data's statistics are not known yet, but whether they may be given
+        channels = encoder_channels(vae)  # the data's statistics are not known yet, but whether they may be given
         return LatentCodec(vae, [0.0] * channels, [1.0] * channels)
     except ValueError as error:
         raise ValueError(f"data.vae: {error}") from error

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # What changes neither an image nor what it is compared with, and the reference, of which the content counts: values
 # compare whatever these are.
-NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "i3d", "reference")
+NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "i3d", "reference", "max_broken_clips")
 
 
 def open_evaluator(
@@ -69,7 +69,7 @@ def open_evaluator(
     def opened() -> Evaluator:
         with _refusing():
             samples = _samples(config, model, codec, class_names, step=0)
-            evaluator = Evaluator(_request(config), accelerator.device)
+            evaluator = Evaluator(build_request(config), accelerator.device)
             evaluator.check(samples)
             return evaluator
 
@@ -149,11 +149,23 @@ def _samples(
     return SampledImages(build_pipeline(config, model, codec, class_names), settings.num_samples, sampling, about)
 
 
-def _request(config: Config) -> Request:
+def build_request(config: Config) -> Request:
+    """Say what to measure; real clips are cut as those trained on, as `evaluate_fid.py` cuts them for the pipeline.
+
+    Args:
+        config: With the settings of the evaluation, and of the data.
+
+    Returns:
+        The request.
+
+    Raises:
+        ValueError: As `Request`.
+    """
     settings, clips = config.eval, config.data.clips
-    cut: dict[str, Any] = {} if clips is None else {"frames": clips.frames}
-    if clips is not None and settings.metric_names == ("fvd",):  # real clips are cut and cropped as those trained on
-        cut |= {"stride": clips.frame_stride, "frame_rate": clips.frame_rate, "resolution": config.data.resolution}
+    cut: dict[str, Any] = {} if clips is None else {"frames": clips.frames, "stride": clips.frame_stride}
+    if clips is not None and settings.metric_names == ("fvd",):
+        cut |= {"frame_rate": clips.frame_rate, "resolution": config.data.resolution}
+        cut["max_broken"] = settings.max_broken_clips
     return Request(
         metrics=settings.metric_names,
         reference=settings.reference,

@@ -1,5 +1,6 @@
 """What a run shows and hands over: previews of the trained and the averaged weights, and the pipeline folder."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..data.clips import ClipSettings
 from ..data.codec import LatentCodec
 from ..models.transformer import IwinDiTCore
 from ..pipelines.base import IwinDiTPipelineBase
@@ -17,6 +19,8 @@ from ..pipelines.loading import EXPORT_RECORD
 from ..pipelines.pictures import GIF_MAX_FPS, clip_grid, image_grid, save_gif, side_by_side
 from ..pipelines.video import IwinDiTVideoPipeline
 from .config import Config
+
+PREVIEW_SIDE = 128  # pixels, at most, of a frame's longer side: a preview of clips is many frames in one file
 
 
 def model_from(config: Config, tensors: Mapping[str, torch.Tensor]) -> IwinDiTCore:
@@ -125,23 +129,31 @@ def _sample_grid(
         )
         if pipeline.interrupt:
             return None
+        if config.fps is not None:
+            for frame in itertools.chain.from_iterable(samples):
+                frame.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))  # in place, and never up
         rows.append(samples)
     labels = [pipeline.id2label[label].split(",")[0] for label in classes]
     return [image_grid(rows, labels)] if config.fps is None else clip_grid(rows, labels)
 
 
-def export(pipeline: IwinDiTPipelineBase, folder: Path, step: int) -> None:
+def export(pipeline: IwinDiTPipelineBase, folder: Path, step: int, clips: ClipSettings | None = None) -> None:
     """Write the pipeline folder, replacing the last one only when complete.
 
     Args:
         pipeline: What to write.
         folder: Where; its parent exists.
         step: Optimizer steps that the weights have seen, recorded beside them.
+        clips: How the clips that they have seen were cut, recorded as well, so that an evaluation can cut real ones
+            alike: the pipeline itself has their frames per second alone. None of images.
     """
+    record: dict[str, float] = {"step": step}
+    if clips is not None:
+        record |= {"frame_rate": clips.frame_rate, "frame_stride": clips.frame_stride}
     staging = folder.with_name(".pipeline.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     pipeline.save_pretrained(staging)
-    (staging / EXPORT_RECORD).write_text(json.dumps({"step": step}))
+    (staging / EXPORT_RECORD).write_text(json.dumps(record))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 

@@ -32,7 +32,7 @@ from .config import Config
 from .data import image_steps, open_data
 from .ema import EMA
 from .evaluation import open_evaluator
-from .initial import load_initial
+from .initial import load_initial, report_initial
 from .log import MetricsLog
 from .ranks import main_first
 from .run import INITIAL, check_run, open_run
@@ -91,7 +91,7 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
         resources: Is given what must be closed at the end: the lock on the run folder.
 
     Returns:
-        It all; None where there is nothing to train, with `dry_run`.
+        It all; None where there is nothing to train, with `dry_run`, for which weights to start from are checked, too.
 
     Raises:
         ValueError: For every mistake of the user's.
@@ -99,16 +99,19 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     world, rank = accelerator.num_processes, accelerator.process_index
     micro_batch = config.train.batch_size // (world * accelerator.gradient_accumulation_steps)
+    run = Path(config.run)
+    standing = list_checkpoints(run / "checkpoints")
+    goes_on = bool(standing) and not config.overwrite
     if config.dry_run:
         logger.info("%s\n%s", yaml.safe_dump(config.to_dict(), sort_keys=False), describe(config, micro_batch))
+        if config.init_from is not None and not goes_on:
+            main_first(accelerator, lambda: load_initial(config, config.build_model()))
+            logger.info("initial      the weights of %s fit", config.init_from)
         return None
     check_run(config)
 
     set_seed(config.train.seed)
     model = config.build_model()
-    run = Path(config.run)
-    standing = list_checkpoints(run / "checkpoints")
-    goes_on = bool(standing) and not config.overwrite
     initial = None if goes_on else main_first(accelerator, lambda: load_initial(config, model))
     codec, train_data, held_out = main_first(accelerator, lambda: open_data(config, model, accelerator))
     manifest = same_manifest(config, accelerator)
@@ -132,13 +135,7 @@ def open_training(config: Config, accelerator: Accelerator, resources: contextli
     main_first(accelerator, take_run_folder)
     logger.info("%s", describe(config, micro_batch))
     if initial is not None:
-        logger.info(
-            "initial      the weights of %s (%s, step %s)", *(initial[key] for key in ("path", "weights", "step"))
-        )
-        if initial["codec_sha256"] not in (None, codec.fingerprint()):
-            logger.warning(
-                "they were trained on latents of another VAE, or normalised otherwise, than those of this run"
-            )
+        report_initial(initial, codec, held_out.manifest.class_names)
     logger.info("data         %d latents to train on, %d held out", len(train_data), len(held_out))
     logger.info(
         "batch        %d = %d process(es) x %d micro-batch(es) x %d, on %s, %d CPU thread(s) each, precision %s",
