@@ -92,7 +92,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--images", type=Path, help="generated images: a folder, a .zip, or an .npz (arr_0)")
     fake.add_argument("--videos", type=Path, help="generated clips: a folder of videos, or of folders of frames")
     _add_measuring(parser)
-    parser.add_argument("--num-samples", type=int, help="default 50000, fvd 2048, digits 500, moving 200; of files: all")
+    parser.add_argument("--num-samples", type=int, help="default 50000, clips 2048, digits 500 or 200; of files: all")
     parser.add_argument("--steps", type=int, help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument(
         "--guidance",
@@ -135,7 +135,7 @@ def _add_reference(parser: argparse.ArgumentParser) -> None:
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="models, checkpoint folders among them")
     _add_measuring(parser)
-    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, fvd 2048, digits 500, moving 200")
+    parser.add_argument("--num-samples", type=int, help="of each point; default 50000, clips 2048, digits 500 or 200")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help=f"sampling steps; default {DEFAULT_STEPS}")
     parser.add_argument(
         "--guidance",
