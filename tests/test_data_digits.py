@@ -42,6 +42,7 @@ def test_the_digits_as_a_source(digits: Digits) -> None:
     assert len(list(digits.samples(0))) == 1797
 
 
+@pytest.mark.slow
 def test_an_untrained_vae_is_refused_and_the_global_generator_is_left_alone(digits: Digits) -> None:
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=r"expected 28\.0 or more"):

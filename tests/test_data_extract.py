@@ -395,6 +395,7 @@ def run_script(*arguments: str) -> None:
     extract_latents.main(["--config", str(ROOT / "configs" / "digits.yaml"), *arguments])
 
 
+@pytest.mark.slow
 def test_script(one_core, digits_folder, tmp_path, caplog):
     caplog.set_level("INFO")
     data = ["--data.vae", str(digits_folder / "vae"), "--data.latents", str(tmp_path / "latents")]

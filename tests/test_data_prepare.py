@@ -97,6 +97,7 @@ def test_what_is_no_vae_is_refused(folder: Path, tmp_path: Path) -> None:
         open_vae(str(folder))
 
 
+@pytest.mark.slow
 def test_two_that_start_together_train_one_digits_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 

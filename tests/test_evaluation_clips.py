@@ -240,6 +240,7 @@ def test_lines_and_tables_for_people() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     expected = values(measure(evaluator()))
     turns = iter(range(1000))

@@ -137,6 +137,7 @@ def test_the_floor_is_the_distance_of_two_halves(tmp_path: Path) -> None:
     assert len({len(chosen) for chosen in seen}) > 1  # and its size is a matter of chance, too
 
 
+@pytest.mark.slow
 def test_the_floor_of_class_folders_is_that_of_random_halves(tmp_path: Path) -> None:
     """Images of a class lie side by side and are alike: halves that share them out are no random samples."""
     root, rng = tmp_path / "classes", np.random.default_rng(0)

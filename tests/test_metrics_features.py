@@ -241,6 +241,7 @@ def torchmetrics_fid(weights: Path) -> FrechetInceptionDistance:
     return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(weights), antialias=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_three_libraries_give_the_same_features(
     weights: Path, everything: InceptionFeatures, monkeypatch: pytest.MonkeyPatch
@@ -271,6 +272,7 @@ def test_torchvisions_own_graph_is_another_network(weights: Path, everything: In
     assert (ours - theirs).norm() / ours.norm() > 0.01
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_spatial_features_are_the_first_channels_of_mixed_6_conv(weights: Path, everything: InceptionFeatures) -> None:
     """By torch-fidelity's modules, called one by one up to Mixed_6c; then the branch that is `mixed_6/conv`."""
@@ -290,6 +292,7 @@ def test_spatial_features_are_the_first_channels_of_mixed_6_conv(weights: Path, 
         assert features[-1, (3 * 17 + 5) * 7 + 2].item() == pytest.approx(float(grid[-1, 2, 3, 5]), rel=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_protocol_pytorch_fid_is_that_librarys_arithmetic(
     weights: Path, networks: dict[str, InceptionFeatures], monkeypatch: pytest.MonkeyPatch
@@ -302,6 +305,7 @@ def test_protocol_pytorch_fid_is_that_librarys_arithmetic(
         assert (features - networks["adm"](images)["pool"]).norm() / features.norm() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_protocol_clean_is_clean_fids_resize(
     weights: Path, networks: dict[str, InceptionFeatures], monkeypatch: pytest.MonkeyPatch
@@ -325,6 +329,7 @@ def test_no_image_plays_a_part_in_the_features_of_another(
         torch.testing.assert_close(together[name][1:], alone[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_what_was_asked_for_is_given(weights: Path, everything: InceptionFeatures) -> None:
     images = random_images(1, 32)
     all_of_it, state = everything(images), torch.get_rng_state()

@@ -35,6 +35,7 @@ def start(config: Config, **resolved: str) -> Path:
         return run
 
 
+@pytest.mark.slow
 def test_what_may_change_when_a_run_goes_on(tmp_path):
     run = tmp_path / "runs" / "a"
     check_run(configured(run))
@@ -96,6 +97,7 @@ def test_the_length_is_free_under_a_constant_schedule(tmp_path):
     start(configured(tmp_path / "a", *CONSTANT, "--train.images", "7"))
 
 
+@pytest.mark.slow
 def test_overwrite_deletes_the_run_and_nothing_before(tmp_path):
     run, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
     start(configured(run))

@@ -405,6 +405,7 @@ def test_previews_show_both_weights(data, tmp_path):
     assert width > 2 * 2 * 64 > height
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_let_go(data, tmp_path, caplog):
     train("--run", str(tmp_path / "run"), *data, *SMALL, "--train.images", "32")
     shutil.rmtree(tmp_path / "run" / "checkpoints")

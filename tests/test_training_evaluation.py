@@ -253,6 +253,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(train_on, base, tmp_path,
     assert values(parts) == values(whole)
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_are_logged(base, tmp_path, caplog):
     """A learning rate of 1e38 spoils all weights in the first step; training ends for that, and not before."""
     arguments = ["--optim.lr", "1e38", "--train.max_skipped_steps", "3", "--eval.every", "1"]
@@ -262,6 +263,7 @@ def test_samples_that_are_not_finite_are_logged(base, tmp_path, caplog):
     assert not (tmp_path / "run" / "best.json").exists()
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_written_is_logged(base, tmp_path, caplog):
     run = tmp_path / "run"
     train(*base, "--run", str(run), *OFF, "--train.images", "64")
@@ -286,6 +288,7 @@ def test_a_score_beats_what_it_compares_with():
     assert dataclasses.replace(up, value=6.0).beats(up)
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_and_former_ones_are_not(base, tmp_path, monkeypatch):
     """keep_last=1: of steps 1 to 8, the best are 1, 2, then 3 until 7, whose checkpoint none else asks for."""
     path = tmp_path / "run"
@@ -303,6 +306,7 @@ def test_the_best_is_kept_and_former_ones_are_not(base, tmp_path, monkeypatch):
     assert identify(path / best(path)["checkpoint"])["step"] == 7
 
 
+@pytest.mark.slow
 def test_a_best_that_cannot_be_saved_is_none(base, tmp_path, monkeypatch, caplog):
     """best.json follows the checkpoint, never the other way round."""
     from iwin_dit.training import checkpoint
@@ -336,6 +340,7 @@ def test_the_best_of_a_run_that_goes_back(base, tmp_path, monkeypatch, caplog):
     assert list(values(path)) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_best_json_is_restored(base, tmp_path, monkeypatch, caplog):
     """Where the run was killed before it was written, or it names a checkpoint that is gone or damaged."""
     path = tmp_path / "run"
@@ -378,6 +383,7 @@ def test_the_content_of_the_reference_counts(base, tmp_path):
     assert other.beats(same)
 
 
+@pytest.mark.slow
 def test_other_settings_start_anew(base, tmp_path, monkeypatch):
     path = tmp_path / "run"
     scripted(monkeypatch, {2: 1.0, 4: 3.0})

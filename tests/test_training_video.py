@@ -358,6 +358,7 @@ def test_a_run_on_clips_resumes_bit_for_bit(share, base, tmp_path, caplog):
         train(*arguments, "--run", str(whole), "--data.image_steps", "0.75")
 
 
+@pytest.mark.slow
 def test_previews_move_on_disk_and_in_tensorboard(base, tmp_path):
     arguments = ["--train.images", "4", "--log.preview_every", "1", "--log.preview_steps", "1"]
     arguments += ["--log.preview_columns", "2", "--log.tracker", "tensorboard"]
@@ -377,6 +378,7 @@ def test_previews_move_on_disk_and_in_tensorboard(base, tmp_path):
     assert record == {"step": 1, "frame_rate": 8.0, "frame_stride": 1}
 
 
+@pytest.mark.slow
 def test_a_preview_of_large_clips_is_small(base, folder, tmp_path):
     sizes = ["--data.resolution", "160", "--model.sample_size", "[2, 80, 80]", "--model.patch_size", "[1, 16, 16]"]
     few = ["--log.preview_classes", "[1]", "--log.preview_columns", "1", "--log.preview_steps", "1"]
