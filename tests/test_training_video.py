@@ -22,6 +22,8 @@ import train_dit
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
+from iwin_dit.data.prepare import SPLIT
+from iwin_dit.files import write_json
 from iwin_dit.training.batches import ImageSteps, MicroBatches
 from iwin_dit.training.config import Config, parse_config
 from iwin_dit.training.data import image_steps, open_codec
@@ -546,6 +548,15 @@ def test_other_class_names_are_a_warning(base, tmp_path, caplog):
     config.init_classes = "fresh"
     report_initial(load_initial(config, config.build_model()), small_codec(), ("even", "odd"))
     assert not caplog.records
+
+
+def test_the_vae_of_moving_digits_holds_out_digits_and_not_clips(tmp_path):
+    small_codec().vae.save_pretrained(tmp_path)
+    write_json(tmp_path / SPLIT, {"data.source": "moving_digits", "data.holdout": 300, "data.split_seed": 0})
+    arguments = ["--config", VIDEO, "--data.vae", str(tmp_path), "--data.clips_per_video", "4", "--data.holdout"]
+    open_codec(parse_config([*arguments, "1200"]).data, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"data\.holdout"):
+        open_codec(parse_config([*arguments, "300"]).data, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("video", [True, False])

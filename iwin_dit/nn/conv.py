@@ -2,7 +2,7 @@
 
 Every rank runs on torch's 2-D depthwise kernel, fed a channels-last view, so that no axis is ever moved in memory. A
 3-D kernel is the sum of its temporal taps, each a 2-D convolution of all frames at once, shifted in time: torch's own
-depthwise conv3d takes about twice as long (docs/LOG.md), and shifted inputs would be copied and kept for the gradient.
+depthwise conv3d takes three times as long (docs/performance.md), and shifted inputs would be kept for the gradient.
 """
 
 import math

@@ -96,7 +96,9 @@ def open_codec(data: DataConfig, device: torch.device) -> LatentCodec:
     """
     if data.source in BUILT_IN:
         built_in = cast(Literal["digits", "moving_digits"], data.source)
-        make_digits_vae(Path(data.vae), built_in, data.holdout, data.split_seed)
+        # A count is of clips, and the VAE holds out the digits that they are of.
+        holdout = data.holdout // data.clips_per_video if isinstance(data.holdout, int) else data.holdout
+        make_digits_vae(Path(data.vae), built_in, holdout, data.split_seed)
     try:
         vae = open_vae(data.vae).to(device)
         if data.latent_statistics == "vae":
