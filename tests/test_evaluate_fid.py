@@ -604,7 +604,7 @@ def test_a_mistake_ends_all_processes_with_one_line(workplace: Path) -> None:
     with launch(2, *arguments, stderr=subprocess.PIPE) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert error.count("evaluate_fid.py: error: expected 'digits', a folder") == 1
+    assert error.count("evaluate_fid.py: error: expected 'digits', 'moving_digits', a folder") == 1
 
 
 @pytest.mark.slow

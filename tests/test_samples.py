@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.svm import SVC
 
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.data.digits import Digits
+from iwin_dit.data.codec import LatentCodec
+from iwin_dit.data.digits import MIN_PSNR, Digits
 from iwin_dit.data.sources import split_indices
 from tests.tools import fenced
 
@@ -58,6 +60,18 @@ def test_the_run_folder(folder):
     first, _, last = (record["eval_frechet_digits"] for record in records if "eval_frechet_digits" in record)
     assert last < first
     assert "is done: 450 of 450 steps" in run(folder, "train")
+
+
+def test_the_vae_reconstructs_held_out_digits(folder):
+    digits, codec = Digits(), LatentCodec(AutoencoderKL.from_pretrained(folder / "data" / "digits" / "vae"))
+    pixels = torch.stack([digits[i] for i in split_indices(digits.labels, 300, seed=0)[1].tolist()]) / 127.5 - 1
+    latents = codec.normalize(codec.encode(pixels))
+    assert latents.mean((0, 2, 3)).abs().max() < 0.2  # the statistics are of the training split
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.2
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    for strength, floor in ((0.0, MIN_PSNR), (0.1, MIN_PSNR - 1)):  # a decoder that forgives small errors
+        error = (codec.decode(latents + strength * noise).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+        assert (10 * (4 / error).log10()).mean() > floor
 
 
 def test_samples_are_recognised(folder):
