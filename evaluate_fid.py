@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,12 @@ if TYPE_CHECKING:
 
     from iwin_dit.data.sources import ImageSource
     from iwin_dit.evaluation.evaluator import Evaluator, Measurement
-    from iwin_dit.evaluation.samples import Pipeline, SampledImages, Sampling
+    from iwin_dit.evaluation.samples import SampledImages, Sampling
     from iwin_dit.evaluation.saving import KeptSamples, StoredSamples
     from iwin_dit.evaluation.sweep import Opened
-    from iwin_dit.evaluation.videos import VideoFiles
+    from iwin_dit.evaluation.videos import Cut, VideoFiles
     from iwin_dit.metrics.images import ImageArray, ImageFiles, ImageZip
     from iwin_dit.metrics.network import FeatureNetwork
-    from iwin_dit.pipelines import IwinDiTVideoPipeline
 
     Pictures = SampledImages | KeptSamples | StoredSamples
 
@@ -51,19 +50,53 @@ DEFAULT_SAMPLES, FVD_CLIPS, DIGITS_SAMPLES, MOVING_DIGITS_CLIPS = 50_000, 2048, 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 3  # the pipeline's, for --help, which has no time to import it
 DEFAULT_CLASSES = 1000
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
-CLIPS = ("i3d", "frames", "stride", "frame_rate", "resolution", "max_broken", "num_real")
+CLIPS = ("i3d", "frames", "frame_stride", "frame_rate", "resolution", "max_broken", "num_real")
 FILES = ("i3d", "frame_rate", "max_broken", "num_real")  # of them, what has a meaning for files alone
 SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is measured, and against what: the metrics' part of the command line, with every default settled.
+
+    Attributes:
+        metrics: Keys of `suite.METRICS`.
+        reference: What the metrics compare with; None where they need nothing.
+        protocol: Of the Inception network.
+        cut: How clips are cut out of files.
+    """
+
+    metrics: tuple[str, ...]
+    reference: str | None
+    protocol: str
+    cut: "Cut"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is known of the images or clips to be measured, before any is sampled or read.
+
+    Attributes:
+        clips: Whether they are clips; None before a model was asked, when all that is said is believed.
+        size: (H, W) or (T, H, W) in pixels and frames; None before files were looked at.
+        frame_rate: At which a model's training saw videos; None of files.
+        frame_stride: Of a model's training.
+    """
+
+    clips: bool | None = None
+    size: tuple[int, ...] | None = None
+    frame_rate: float | None = None
+    frame_stride: int = 1
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line and settle what needs no data.
+    """Read the command line, and refuse what is wrong without a look at the data.
 
     Args:
         argv: Arguments without the program's name; None means the process's own.
 
     Returns:
-        The arguments, with every default that does not depend on the model; `command` is one of `COMMANDS`.
+        The arguments, `command` being one of `COMMANDS`; what is measured and against what, `settle` says.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and words[0] in COMMANDS else "evaluate"
@@ -168,22 +201,22 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--i3d", type=Path, help="TorchScript file of I3D, for fvd")
     parser.add_argument("--frames", type=int, help="of each clip; default: the model's, of files 16")
     parser.add_argument(
-        "--stride",
+        "--frame-stride",
         type=int,
-        help="frames of a video, or of moving digits, from one of a clip to the next. Default for a model, without "
-        "--frame-rate: both as in its training; else 1, and the files' own rate",
+        help="frames of a video, or of moving digits, from one of a clip to the next; default: the model's, of files 1",
     )
     parser.add_argument(
         "--frame-rate",
         type=float,
-        help="frames per second at which videos are seen before --stride, as by data.frame_rate of training",
+        help="frames per second at which videos are seen before --frame-stride, as by data.frame_rate of training; "
+        "default: the model's, of files their own",
     )
     parser.add_argument("--resolution", type=int, help="crop videos to this square, as for training; default: no crop")
     parser.add_argument("--num-real", type=int, help="so many of the reference's videos, a seeded choice; default all")
     parser.add_argument(
         "--max-broken",
         type=int,
-        help="videos of the reference that may be left out since they cannot be opened or cut; default 0",
+        help="videos of the reference that may be left out since they are broken or too short; default 0",
     )
 
 
@@ -213,11 +246,10 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         _refuse(args, ("resolution",), "--model: real clips are cropped to its size")
     else:
         _refuse(args, (*SAMPLING, "weights", "save_images", "save_npz"), f"{source}: they are sampled already")
-    _check_measuring(args, {"--model": None, "--images": False, "--videos": True}[source])
-    if source == "--videos":
-        if args.metrics != ("fvd",):
-            raise ValueError(f"--videos have no labels: expected --metrics fvd, got {','.join(args.metrics)}")
-        args.frames, args.stride = args.frames or 16, args.stride or 1
+    _check_counts(args)
+    metrics = settle(args, Made({"--model": None, "--images": False, "--videos": True}[source])).metrics
+    if source == "--videos" and metrics != ("fvd",):
+        raise ValueError(f"--videos have no labels: expected --metrics fvd, got {','.join(metrics)}")
     _check_guidance(args, [] if args.guidance is None else [args.guidance])
     if args.save_npz is not None and args.save_npz.suffix != ".npz":
         raise ValueError(f"expected --save-npz to be named .npz, got {args.save_npz}")
@@ -231,7 +263,8 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 def _check_reference(args: argparse.Namespace) -> None:
     if args.metrics is None:
         args.metrics = ("frechet_digits",) if args.source == "digits" else ("fid", "sfid")
-    _check_networks(args)
+    _check_networks(args, args.metrics)
+    args.protocol = args.protocol or "adm"
     unusual = {"fvd", "is", "moving_digits"} & set(args.metrics)
     if unusual:
         raise ValueError(f"no reference file is made for {', '.join(sorted(unusual))}")
@@ -247,7 +280,8 @@ def _check_reference(args: argparse.Namespace) -> None:
 
 def _check_sweep(args: argparse.Namespace) -> None:
     _refuse(args, ("resolution",), "--model: real clips are cropped to its size")
-    _check_measuring(args, None)
+    _check_counts(args)
+    settle(args, Made())
     _check_guidance(args, args.guidance)
     args.guidance_interval = [tuple(interval) for interval in args.guidance_interval]
 
@@ -259,40 +293,68 @@ def _check_guidance(args: argparse.Namespace, scales: Sequence[float]) -> None:
         raise ValueError(f"{given} has no meaning with --guidance 1, which turns guidance off")
 
 
-def _check_measuring(args: argparse.Namespace, clips: bool | None) -> None:
-    """Metrics and reference, each by the other where one is not given; what is said of clips; numbers of images.
-
-    Args:
-        args: Of the command line; what the user gave is kept as `given`, for the call that knows the model.
-        clips: Whether clips are measured; None before a model was asked, when all that is said is believed.
-    """
-    from iwin_dit.evaluation.suite import METRICS, needs_reference, of_clips
-
-    if not hasattr(args, "given"):
-        args.given = {name: getattr(args, name) for name in ("metrics", "reference", "protocol")}
-    vars(args).update(args.given)
-    args.metrics = args.metrics or _default_metrics(args, clips)
-    _check_networks(args)
-    if clips is not None and clips != of_clips(args.metrics):
-        fitting = [name for name, metric in METRICS.items() if metric.clips == clips]
-        made, given = ("clips", "images")[:: 1 if clips else -1]
-        raise ValueError(
-            f"--metrics {','.join(args.metrics)} is of {given}, to measure are {made}: expected {' or '.join(fitting)}"
-        )
-    needing = [name for name in args.metrics if needs_reference(name)]
-    if args.reference is not None and not needing:
-        raise ValueError(f"--reference has no meaning with --metrics {','.join(args.metrics)}")
-    if args.reference is None and needing:
-        built_in = {"frechet_digits": "digits", "moving_digits": "moving_digits"}
-        if len(needing) > 1 or needing[0] not in built_in:
-            raise ValueError(f"--metrics {','.join(args.metrics)} needs a --reference")
-        args.reference = built_in[needing[0]]
-    if any(getattr(args, name) is not None and getattr(args, name) <= 0 for name in CLIPS[1:5]):
-        given = ", ".join(str(getattr(args, name)) for name in CLIPS[1:5])
-        raise ValueError(f"expected --frames, --stride, --frame-rate and --resolution above 0, got {given}")
+def _check_counts(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be."""
+    cuts = ("frames", "frame_stride", "frame_rate", "resolution")
+    if any(getattr(args, name) is not None and getattr(args, name) <= 0 for name in cuts):
+        given = ", ".join(str(getattr(args, name)) for name in cuts)
+        raise ValueError(f"expected --frames, --frame-stride, --frame-rate and --resolution above 0, got {given}")
     for name, least in (("num_samples", 2), ("num_real", 2), ("max_broken", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(args, name)}")
+
+
+def settle(args: argparse.Namespace, made: Made) -> Comparison:
+    """Settle metrics and reference, each by the other where one is not given, and how real clips are cut.
+
+    Args:
+        args: Of the command line.
+        made: What is to be measured.
+
+    Returns:
+        What is compared. Real clips are cut as a model's training cut its own, but for what the command line says.
+
+    Raises:
+        ValueError: What is said does not go together, or not with what is to be measured.
+    """
+    from iwin_dit.evaluation.suite import METRICS, needs_reference, of_clips
+
+    metrics = args.metrics or _default_metrics(args, made.clips)
+    _check_networks(args, metrics)
+    if made.clips is not None and made.clips != of_clips(metrics):
+        fitting = [name for name, metric in METRICS.items() if metric.clips == made.clips]
+        measured, given = ("clips", "images")[:: 1 if made.clips else -1]
+        raise ValueError(
+            f"--metrics {','.join(metrics)} is of {given}, to measure are {measured}: expected {' or '.join(fitting)}"
+        )
+    needing = [name for name in metrics if needs_reference(name)]
+    if args.reference is not None and not needing:
+        raise ValueError(f"--reference has no meaning with --metrics {','.join(metrics)}")
+    reference = args.reference
+    if reference is None and needing:
+        built_in = {"frechet_digits": "digits", "moving_digits": "moving_digits"}
+        if len(needing) > 1 or needing[0] not in built_in:
+            raise ValueError(f"--metrics {','.join(metrics)} needs a --reference")
+        reference = built_in[needing[0]]
+    if made.size is not None:
+        _check_size(args, metrics, made.size[-2:])
+    return Comparison(metrics, reference, args.protocol or "adm", _cut(args, metrics, made))
+
+
+def _cut(args: argparse.Namespace, metrics: tuple[str, ...], made: Made) -> "Cut":
+    """How clips are cut out of files, or moving digits made; of images it means nothing."""
+    from iwin_dit.data.clips import ClipSettings
+    from iwin_dit.evaluation.videos import Cut
+
+    if metrics not in (("fvd",), ("moving_digits",)):
+        return Cut()
+    *frames, height, width = made.size or (16, None, None)
+    rate, resolution = None, None
+    if metrics == ("fvd",):
+        rate = args.frame_rate or made.frame_rate
+        resolution = args.resolution or (height if height == width else None)
+    clips = ClipSettings(args.frames or frames[0], rate, args.frame_stride or made.frame_stride)
+    return Cut(clips, resolution)
 
 
 def _default_metrics(args: argparse.Namespace, clips: bool | None) -> tuple[str, ...]:
@@ -305,21 +367,31 @@ def _default_metrics(args: argparse.Namespace, clips: bool | None) -> tuple[str,
     return ("fvd",) if are_files or args.i3d is not None else ("moving_digits",)
 
 
-def _check_networks(args: argparse.Namespace) -> None:
+def _check_networks(args: argparse.Namespace, metrics: tuple[str, ...]) -> None:
     """The metrics, and that what is said of their networks has a meaning."""
     from iwin_dit.evaluation.suite import METRICS, check_metrics, uses_protocol
 
-    check_metrics(args.metrics, args.protocol or "adm")
-    wording = f"--metrics {','.join(args.metrics)}"
-    if not uses_protocol(args.metrics):
+    check_metrics(metrics, args.protocol or "adm")
+    wording = f"--metrics {','.join(metrics)}"
+    if not uses_protocol(metrics):
         _refuse(args, ("protocol", "inception_weights"), wording)
-    if "dinov2" not in {METRICS[name].network for name in args.metrics}:
+    if "dinov2" not in {METRICS[name].network for name in metrics}:
         _refuse(args, ("dinov2",), wording)
-    if args.command != "reference" and "fvd" not in args.metrics:
-        _refuse(args, FILES if args.metrics == ("moving_digits",) else CLIPS, wording)
-    args.protocol = args.protocol or "adm"
+    if args.command != "reference" and "fvd" not in metrics:
+        _refuse(args, FILES if metrics == ("moving_digits",) else CLIPS, wording)
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
+
+
+def _check_size(args: argparse.Namespace, metrics: tuple[str, ...], size: Sequence[int]) -> None:
+    """Refuse images that the digits classifier does not take, before it is trained."""
+    from iwin_dit.metrics.digits import IMAGE_SIZE
+
+    metric = next((name for name in metrics if name in ("frechet_digits", "moving_digits")), None)
+    if metric is not None and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
+        taken = ": --reference is missing, without which images are taken for digits"
+        missing = taken if args.reference is None else ""
+        raise ValueError(f"{metric} takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}")
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], wording: str) -> None:
@@ -394,27 +466,27 @@ def opened(accelerator: "Accelerator", action: "Callable[[], Result]") -> "Resul
     return cast("Result", result)
 
 
-def open_evaluator(args: argparse.Namespace, accelerator: "Accelerator") -> "Evaluator":
+def open_evaluator(args: argparse.Namespace, comparison: Comparison, accelerator: "Accelerator") -> "Evaluator":
     """Open networks and reference, so that what is missing or broken is refused before the long work."""
     from iwin_dit.evaluation.evaluator import Evaluator, Request
 
-    clips = {name: getattr(args, name) for name in CLIPS if getattr(args, name) is not None}
-    if "num_real" in clips:
-        clips["real_count"] = clips.pop("num_real")
     request = Request(
-        args.metrics,
-        args.reference,
-        protocol=args.protocol,
+        comparison.metrics,
+        comparison.reference,
+        protocol=comparison.protocol,
         inception_weights=args.inception_weights,
         dinov2=args.dinov2,
+        i3d=args.i3d,
+        cut=comparison.cut,
         batch_size=args.batch_size,
-        **clips,
+        max_broken=args.max_broken or 0,
+        real_count=args.num_real,
     )
     return Evaluator(request, accelerator.device)
 
 
-def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerator") -> "Opened":
-    """Load a pipeline in the precision of the launch, and identify its weights."""
+def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerator") -> "tuple[Opened, Comparison]":
+    """Load a pipeline in the precision of the launch, identify its weights, and settle what they are compared with."""
     import torch
 
     from iwin_dit.pipelines.loading import Weights, identify, load_pipeline
@@ -428,100 +500,62 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
     pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
-    warn(accelerator, _settle(args, pipe))
-    return pipe, about
+    made = Made(pipe.rank == 3, pipe.default_size)
+    if made.clips:
+        stride = pipe.config.frame_stride
+        made = replace(made, frame_rate=pipe.config.fps * stride, frame_stride=stride)
+    return (pipe, about), settle(args, made)
 
 
-def _settle(args: argparse.Namespace, pipe: "Pipeline") -> list[str]:
-    """Metrics, reference and clips as the model needs them, where the command line does not say; of a sweep its first.
-
-    Real clips are cut as those that the model was trained on: as many frames, at that rate and stride, cropped to its
-    size. Gives warnings.
-    """
-    from iwin_dit.evaluation.samples import training_cut
-
-    *frames, height, width = pipe.default_size
-    if getattr(args, "clips", bool(frames)) != bool(frames):
-        raise ValueError("expected models that all make images, or all make clips, got both")
-    args.clips = bool(frames)
-    _check_measuring(args, args.clips)
-    _check_size(args, [height, width])
-    if not frames:
-        return []
-    args.frames = args.frames or frames[0]
-    of_files = args.metrics == ("fvd",)
-    if of_files:
-        args.resolution = args.resolution or (height if height == width else None)
-    if args.frame_rate is not None or args.stride is not None:
-        return []
-    recorded = training_cut(cast("IwinDiTVideoPipeline", pipe))
-    rate, args.stride = recorded or (pipe.config.fps, 1)
-    if not of_files:
-        return []
-    args.frame_rate = rate
-    if recorded is not None:
-        return []
-    return [
-        f"there is no record of how training cut its clips beside {pipe.name_or_path}: real ones are cut at {rate:g} "
-        "frames per second, at which the model's play, and stride 1; --frame-rate and --stride say otherwise"
-    ]
-
-
-def _check_size(args: argparse.Namespace, size: Sequence[int]) -> None:
-    """Refuse images that the digits classifier does not take, before it is trained."""
-    from iwin_dit.metrics.digits import IMAGE_SIZE
-
-    metric = next((name for name in args.metrics if name in ("frechet_digits", "moving_digits")), None)
-    if metric is not None and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
-        taken = ": --reference is missing, without which images are taken for digits"
-        missing = taken if args.given["reference"] is None else ""
-        raise ValueError(f"{metric} takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}")
-
-
-def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Pictures | VideoFiles":
-    """Open what is to be measured: files, or samples that are drawn when they are read.
+def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "tuple[Pictures | VideoFiles, Comparison]":
+    """Open what is to be measured, files, or samples that are drawn when they are read; and what it is compared with.
 
     Args:
         args: The command line.
         accelerator: Of this process.
 
     Returns:
-        The set.
+        Both.
 
     Raises:
         ValueError: If there are more or fewer files than --num-samples says.
     """
     from iwin_dit.evaluation.samples import SampledImages
     from iwin_dit.evaluation.saving import SavedArray, SavedImages, StoredSamples, find_settings
-    from iwin_dit.evaluation.videos import Cut, VideoFiles
+    from iwin_dit.evaluation.videos import VideoFiles
     from iwin_dit.metrics import images
 
     if args.model is not None:
-        pipe, about = open_pipeline(args.model, args, accelerator)
-        samples = SampledImages(pipe, count(args), common_sampling(args), about)
+        (pipe, about), comparison = open_pipeline(args.model, args, accelerator)
+        samples = SampledImages(pipe, count(args, comparison), common_sampling(args), about)
         if samples.frames is not None:
             wording = f"{args.model}, which makes clips: `sample.py --format frames` writes those"
             _refuse(args, ("save_images", "save_npz"), wording)
         if args.save_images is not None:
-            return SavedImages(samples, args.save_images)
-        return samples if args.save_npz is None else SavedArray(samples, args.save_npz)
+            return SavedImages(samples, args.save_images), comparison
+        return (samples if args.save_npz is None else SavedArray(samples, args.save_npz)), comparison
     files: StoredSamples | VideoFiles
     if args.images is not None:
         found = cast("ImageFiles | ImageZip | ImageArray", images.open_images(args.images, allow_lossy=False))
         files = StoredSamples(found, find_settings(args.images))
-        _check_size(args, files.image_size)
+        comparison = settle(args, Made(clips=False, size=tuple(files.image_size)))
     else:
-        files = VideoFiles(args.videos, Cut(args.frames, args.stride, args.frame_rate, args.resolution))
+        comparison = settle(args, Made(clips=True))
+        files = VideoFiles(args.videos, comparison.cut)
     if args.num_samples not in (None, len(files)):
         place = args.images or args.videos
         raise ValueError(f"expected {args.num_samples} in {place}, as --num-samples says, got {len(files)}")
-    return files
+    return files, comparison
 
 
-def count(args: argparse.Namespace) -> int:
+def count(args: argparse.Namespace, comparison: Comparison) -> int:
     """Number of images or clips to sample."""
-    defaults = {("frechet_digits",): DIGITS_SAMPLES, ("moving_digits",): MOVING_DIGITS_CLIPS, ("fvd",): FVD_CLIPS}
-    return args.num_samples or defaults.get(args.metrics, DEFAULT_SAMPLES)
+    defaults: dict[tuple[str, ...], int] = {
+        ("frechet_digits",): DIGITS_SAMPLES,
+        ("moving_digits",): MOVING_DIGITS_CLIPS,
+        ("fvd",): FVD_CLIPS,
+    }
+    return args.num_samples or defaults.get(comparison.metrics, DEFAULT_SAMPLES)
 
 
 def common_sampling(args: argparse.Namespace) -> "Sampling":
@@ -560,10 +594,10 @@ def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     with used_alone(accelerator, folders):
         # 1. Open everything, so that what is missing or broken is refused before the long work. The images first:
         # they say whether images or clips are measured, and their size may save the training of a classifier.
-        images = opened(accelerator, lambda: open_images(args, accelerator))
-        evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
+        images, comparison = opened(accelerator, lambda: open_images(args, accelerator))
+        evaluator = opened(accelerator, lambda: open_evaluator(args, comparison, accelerator))
         opened(accelerator, lambda: evaluator.check(images))
-        early = early_warnings(args, evaluator, images)
+        early = early_warnings(comparison, evaluator, images)
         warn(accelerator, early)
         request = evaluator.request_for(images)
         partial = opened(accelerator, lambda: Partial(folder, request))
@@ -598,13 +632,13 @@ def write_report(
             print(f"{out} had another result, which is {aside} now", file=sys.stderr)
 
 
-def early_warnings(args: argparse.Namespace, evaluator: "Evaluator", images: "Pictures | VideoFiles") -> list[str]:
+def early_warnings(comparison: Comparison, evaluator: "Evaluator", images: "Pictures | VideoFiles") -> list[str]:
     """What is wrong with the comparison, as far as it is known before the work."""
     from iwin_dit.evaluation import report
 
-    about = {"path": args.reference, **evaluator.about_reference()}
+    about = {"path": comparison.reference, **evaluator.about_reference()}
     kinds = {path.suffix.lower() for path in getattr(images, "paths", ())}
-    return report.early_warnings(about, images.image_size, args.protocol, getattr(images, "fps", None), kinds)
+    return report.early_warnings(about, images.image_size, comparison.protocol, getattr(images, "fps", None), kinds)
 
 
 def warn(accelerator: "Accelerator", warnings: Sequence[str]) -> None:
@@ -648,20 +682,27 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
     opened(accelerator, prepare)
     with used_alone(accelerator, [args.out / "sweep"]), StopRequest() as stop:
-        # The first model says whether images or clips are measured; and classifiers of digits, which the sizes of all
-        # must fit, are trained when the evaluator is opened.
-        for model in args.model:
-            opened(accelerator, partial(open_pipeline, model, args, accelerator))
-            if not {"frechet_digits", "moving_digits"} & set(args.metrics):
-                break
-        evaluator = opened(accelerator, lambda: open_evaluator(args, accelerator))
+        # The first model says what all are measured by: one table, one comparison.
+        _, comparison = opened(accelerator, partial(open_pipeline, args.model[0], args, accelerator))
+        evaluator = opened(accelerator, lambda: open_evaluator(args, comparison, accelerator))
+        settled = {"metrics": comparison.metrics, "reference": comparison.reference}
+
+        def open_alike(model: str) -> "Opened":
+            found, needed = open_pipeline(model, argparse.Namespace(**{**vars(args), **settled}), accelerator)
+            if needed != comparison:
+                raise ValueError(
+                    f"expected models to be measured alike, got {args.model[0]} by {comparison} and {model} by "
+                    f"{needed}: sweep them apart, or say --frames, --frame-stride and --frame-rate"
+                )
+            return found
+
         varying = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler")
         points = grid(args.model, common_sampling(args), {name: getattr(args, name) for name in varying})
         results = measure_grid(
             points,
-            lambda model: opened(accelerator, lambda: open_pipeline(model, args, accelerator)),
+            lambda model: opened(accelerator, lambda: open_alike(model)),
             evaluator,
-            count(args),
+            count(args, comparison),
             args.out,
             stopping=lambda: stop.requested,
         )

@@ -4,8 +4,6 @@ python sample.py --model runs/digits --classes 3 7 --seeds 0-15 --out samples
 """
 
 import argparse
-import importlib.util
-import inspect
 import json
 import re
 import sys
@@ -140,37 +138,31 @@ def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
 
 
 def call_settings(arguments: argparse.Namespace, pipe: "Pipeline") -> dict[str, Any]:
-    """Collect the pipeline's arguments, its own defaults where none is given, so that what is recorded is what ran."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
-    defaults |= {"guidance_scale": pipe.default_guidance_scale, "fps": pipe.config.get("fps")}
-    defaults |= zip(("num_frames", "height", "width")[-pipe.rank :], pipe.default_size, strict=True)
+    """Settle the pipeline's arguments, so that what is recorded is what runs."""
     given = {"num_inference_steps": arguments.steps, "height": arguments.height, "width": arguments.width}
     given |= {"guidance_scale": arguments.guidance, "guidance_channels": arguments.guidance_channels}
     given["guidance_interval"] = arguments.guidance_interval and tuple(arguments.guidance_interval)
-    if "num_frames" in defaults:
+    if pipe.rank == 3:
         given |= {"num_frames": arguments.frames, "fps": arguments.fps}
     elif unfit := [f"--{name}" for name in ("frames", "fps", "format") if getattr(arguments, name) is not None]:
         raise ValueError(f"{arguments.model} makes images, and video models alone take {', '.join(unfit)}")
-    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
-    size = [settings[name] for name in ("num_frames", "height", "width")[-pipe.rank :]]
-    scale, interval, channels = (settings[f"guidance_{name}"] for name in ("scale", "interval", "channels"))
-    pipe.check_inputs(size, settings["num_inference_steps"], None, scale, interval, channels, 1, "pil", ())
-    return settings
+    return pipe.call_settings(**given)
 
 
 def clip_formats(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[str]:
     """Formats to write clips in, after a check that it can be done, before the work."""
+    from iwin_dit.data.videos import check_mp4
     from iwin_dit.pipelines.pictures import check_gif
 
-    formats, width, height = arguments.format or ["gif", "mp4"], settings["width"], settings["height"]
-    obstacle = f"MP4 files have even sides, got {width} x {height} pixels" if width % 2 or height % 2 else None
-    if importlib.util.find_spec("av") is None:
-        obstacle = 'MP4 files need PyAV: pip install "iwin-dit[video]"'
-    if obstacle and arguments.format is None:
-        formats = ["gif"]
-        print(f"writing GIFs alone: {obstacle}")
-    elif obstacle and "mp4" in formats:
-        raise ValueError(f"{obstacle}; --format gif or --format frames does without")
+    formats = arguments.format or ["gif", "mp4"]
+    if "mp4" in formats:
+        try:
+            check_mp4((settings["width"], settings["height"]), settings["fps"])
+        except (ValueError, ImportError) as error:
+            if arguments.format is not None:
+                raise ValueError(f"{error}; --format gif or --format frames does without") from error
+            formats = ["gif"]
+            print(f"writing GIFs alone: {error}")
     if "gif" in formats:
         check_gif(settings["fps"])
     return formats

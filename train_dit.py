@@ -271,7 +271,7 @@ def save(training: Training, with_pipeline: bool = True, best: Score | None = No
     def export_pipeline(snapshot: Snapshot) -> None:
         model = model_from(training.config, snapshot.ema)
         pipeline = build_pipeline(training.config, model, training.codec, training.class_names)
-        export(pipeline, training.run / "pipeline", snapshot.step, training.config.data.clips)
+        export(pipeline, training.run / "pipeline", snapshot.step)
 
     snapshot = training.state.snapshot()
     if training.accelerator.is_main_process:

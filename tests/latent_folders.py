@@ -15,7 +15,7 @@ from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.encode import EncodeSettings
 from iwin_dit.data.extract import Extraction
 from iwin_dit.data.images import BrokenImageError
-from iwin_dit.data.sources import ImageSource, Sample
+from iwin_dit.data.sources import ImageSource, Item
 from iwin_dit.data.videos import BrokenVideoError
 
 MEAN, STD = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
@@ -37,10 +37,10 @@ class Squares:
         self.broken = broken
         self.asked: list[int] = []
 
-    def samples(self, part: int) -> Iterator[Sample]:
+    def items(self, part: int) -> Iterator[Item]:
         for index in range(part * self.part_size, (part + 1) * self.part_size):
             self.asked.append(index)
-            yield Sample(f"square {index}", self.label(index), partial(self.read, index))
+            yield Item.of_one(f"square {index}", self.label(index), partial(self.read, index))
 
     def label(self, index: int) -> int:
         return index % 2

@@ -1,7 +1,6 @@
 """Clips cut from videos: which frames at which rate, what is refused, and folders of them as a source."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -102,6 +101,13 @@ def test_of_nearly_the_right_rate_every_frame_is_taken(rate: Fraction | None) ->
     assert cut_video(Path("a"), ClipFacts(300, H, W, rate), ClipSettings(300, 24)) == [list(range(300))]
 
 
+def test_without_a_rate_every_frame_is_taken_whatever_the_videos() -> None:
+    for facts in (ClipFacts(9, H, W, None), ClipFacts(9, H, W, Fraction(3)), ClipFacts(9, H, W, Fraction(50), False)):
+        assert cut_video(Path("a"), facts, ClipSettings(3, frame_stride=3)) == [[1, 4, 7]]
+    with pytest.raises(BrokenVideoError, match="at least 10 frames for 4 frames at stride 3, got 9"):
+        cut_video(Path("a"), ClipFacts(9, H, W, Fraction(3)), ClipSettings(4, frame_stride=3))
+
+
 def test_several_clips_are_in_the_middles_of_equal_shares() -> None:
     def starts(frames: int, clips: int) -> list[int]:
         cut = cut_video(Path("a"), ClipFacts(frames, H, W, None), ClipSettings(4, 8, 3, clips))
@@ -120,10 +126,10 @@ def test_what_no_clip_can_be_cut_from_is_named() -> None:
     for facts, message in (
         (
             ClipFacts(9, H, W, None),
-            r"a is too short: expected at least 10 frames at 10 .*frames 4, .*stride 3\), got 9",
+            r"a is too short: expected at least 10 frames for 4 frames at stride 3 of 10 a second, got 9",
         ),
         (ClipFacts(0, H, W, Fraction(10)), "got 0"),
-        (ClipFacts(99, H, W, Fraction("9.89")), r"a has 9.89 frames per second, expected at least data.frame_rate 10"),
+        (ClipFacts(99, H, W, Fraction("9.89")), r"a has 9.89 frames per second, expected a rate of at least 10"),
         (ClipFacts(99, H, W, Fraction(10), constant_rate=False), "a has a variable frame rate"),
     ):
         with pytest.raises(BrokenVideoError, match=message):
@@ -133,10 +139,10 @@ def test_what_no_clip_can_be_cut_from_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 0}, "data.frames must be at least 1, got 0"),
-        ({"frame_stride": 0}, "data.frame_stride must be at least 1, got 0"),
-        ({"clips_per_video": -1}, "data.clips_per_video must be at least 1, got -1"),
-        ({"frame_rate": 0.0}, "data.frame_rate must be above 0 .*, got 0.0"),
+        ({"frames": 0}, "frames must be at least 1, got 0"),
+        ({"frame_stride": 0}, "frame_stride must be at least 1, got 0"),
+        ({"clips_per_video": -1}, "clips_per_video must be at least 1, got -1"),
+        ({"frame_rate": 0.0}, "frame_rate must be above 0 .*, got 0.0"),
         ({"frame_rate": float("nan")}, "got nan"),
         ({"frame_rate": float("inf")}, "got inf"),
     ],
@@ -199,7 +205,7 @@ def test_a_variable_rate_is_refused_and_jitter_is_not(tmp_path: Path) -> None:
     for suffix in ("mp4", "mkv"):
         with pytest.raises(BrokenVideoError, match=rf"b\.{suffix} has a variable frame rate"):
             read_clips(write_video(tmp_path / f"b.{suffix}", 25, 25, slower), clips)
-    with pytest.raises(BrokenVideoError, match=r"c\.mkv has 5 frames per second, expected at least data.frame_rate 8"):
+    with pytest.raises(BrokenVideoError, match=r"c\.mkv has 5 frames per second, expected a rate of at least 8"):
         read_clips(write_video(tmp_path / "c.mkv", 25, 5), clips)
 
 
@@ -228,32 +234,29 @@ def test_a_damaged_video_is_broken_as_a_whole(tmp_path: Path) -> None:
 # --- folders as a source
 
 
-def test_the_clips_of_a_video_are_decoded_together(tmp_path: Path) -> None:
-    """By whichever thread comes first: after one was read the file may go, until one is read again."""
+def test_a_video_is_one_item_with_all_its_clips(tmp_path: Path) -> None:
     root = tmp_path / "videos"
-    paths = [write_frames(root / "run" / str(i), 12) for i in range(2)]
-    source = ClipFolder(root, 100, ClipSettings(4, 8, clips_per_video=4))
-    first, second, third, fourth = list(source.samples(0))[:4]
-    expected = [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8], [7, 8, 9, 10]]
-    assert numbers(third.read()) == expected[2]
-    paths[0].rename(tmp_path / "gone")
-    with ThreadPoolExecutor(3) as pool:
-        read = list(pool.map(lambda sample: numbers(sample.read()), (first, second, fourth)))
-    assert read == [expected[0], expected[1], expected[3]]
-    with pytest.raises(FileNotFoundError):
-        third.read()
-    (tmp_path / "gone").rename(paths[0])
-    assert numbers(third.read()) == expected[2]
+    path = write_frames(root / "run" / "0", 12)
+    (item,) = ClipFolder(root, 100, ClipSettings(4, 8, clips_per_video=4)).items(0)
+    assert (item.key, item.label, item.count) == (str(path), 0, 4)
+    assert [item.sample_key(i) for i in range(4)] == [f"{path}#{i}" for i in range(4)]
+    assert [numbers(clip) for clip in item.read()] == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8], [7, 8, 9, 10]]
+    (item,) = ClipFolder(root, 100, ClipSettings(4, 8)).items(0)
+    assert (item.count, item.sample_key(0)) == (1, str(path))
 
 
-def test_every_clip_of_a_broken_video_is_broken(folder: Path) -> None:
+def test_no_video_is_divided_among_parts(folder: Path) -> None:
+    for part_size, videos in ((3, [1, 1, 1]), (9, [2, 1]), (100, [3])):
+        source = ClipFolder(folder, part_size, ClipSettings(3, 8, clips_per_video=4))
+        assert [len(list(source.items(part))) for part in range(source.num_parts)] == videos
+
+
+def test_a_damaged_video_is_one_broken_item(folder: Path) -> None:
     (folder / "run" / "1" / "9.png").write_bytes(b"torn")
-    source = ClipFolder(folder, 3, ClipSettings(3, 8, clips_per_video=4))  # the parts cut through the videos
-    samples = [sample for part in range(source.num_parts) for sample in source.samples(part)]
-    for sample in samples[:4]:
-        with pytest.raises(BrokenImageError, match=r"9\.png"):
-            sample.read()
-    assert [numbers(sample.read()) for sample in samples[4:8]] == [[1, 2, 3], [3, 4, 5], [5, 6, 7], [7, 8, 9]]
+    first, second, _ = ClipFolder(folder, 100, ClipSettings(3, 8, clips_per_video=4)).items(0)
+    with pytest.raises(BrokenImageError, match=r"9\.png"):
+        first.read()
+    assert [numbers(clip) for clip in second.read()] == [[1, 2, 3], [3, 4, 5], [5, 6, 7], [7, 8, 9]]
 
 
 @pytest.fixture
@@ -272,17 +275,12 @@ def test_videos_come_in_the_order_of_class_and_path(folder: Path) -> None:
     assert source.description == str(folder)
     assert source.class_names == ("run", "walk")
     assert (source.num_parts, source.num_ignored) == (2, 0)
-    parts = [list(source.samples(part)) for part in range(2)]
-    names = ["run/1#0", "run/1#1", "run/deeper/0.mp4#0", "run/deeper/0.mp4#1", "walk/0.mkv#0", "walk/0.mkv#1"]
-    assert [[sample.key for sample in part] for part in parts] == [
-        [str(folder / name) for name in names[:4]],
-        [str(folder / name) for name in names[4:]],
-    ]
-    samples = [sample for part in parts for sample in part]
-    assert [sample.label for sample in samples] == [0, 0, 0, 0, 1, 1]
-    assert [numbers(sample.read()) for sample in samples] == [[2, 3, 4, 5], [6, 7, 8, 9]] * 3
-    one = open_like_a_config(folder, clips=ClipSettings(4, 8))
-    assert [sample.key for sample in one.samples(0)] == [str(folder / name[:-2]) for name in names[::2]]
+    parts = [list(source.items(part)) for part in range(2)]
+    keys = [[str(folder / name) for name in names] for names in (("run/1", "run/deeper/0.mp4"), ("walk/0.mkv",))]
+    assert [[item.key for item in part] for part in parts] == keys
+    items = [item for part in parts for item in part]
+    assert [(item.label, item.count) for item in items] == [(0, 2), (0, 2), (1, 2)]
+    assert [[numbers(clip) for clip in item.read()] for item in items] == [[[2, 3, 4, 5], [6, 7, 8, 9]]] * 3
 
 
 def test_a_source_opens_no_video_and_knows_when_it_is_another(folder: Path) -> None:
@@ -300,7 +298,7 @@ def test_a_source_opens_no_video_and_knows_when_it_is_another(folder: Path) -> N
     source = ClipFolder(moved, 4, clips)
     assert source.fingerprint != before
     with pytest.raises(BrokenSampleError, match=r"1\.mp4 cannot be decoded"):
-        list(source.samples(0))[3].read()
+        list(source.items(0))[3].read()
 
 
 def test_folder_errors_come_before_work(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -339,15 +337,15 @@ def test_bad_videos_are_named_and_skipped_up_to_the_limit(folder: Path, caplog: 
     write_video(folder / "walk" / "2.mkv", 12, 5)
     write_video(folder / "walk" / "3.mp4", 12, 25, [40 * i + i * i for i in range(12)])
     (folder / "walk" / "4.gif").write_bytes(b"no video")
-    clips = ClipSettings(4, 8)
+    clips = ClipSettings(4, 8, clips_per_video=2)  # a broken video counts once
     settings = {"clips": clips, "resolution": 8, "posterior": "mean"}
     out = folder.with_name("latents")
-    with pytest.raises(ValueError, match=r"5 broken clips, data.max_broken_images is 4; mend or remove them"):
+    with pytest.raises(ValueError, match=r"5 broken videos, data.max_broken is 4; mend or remove them"):
         extraction(small_codec(), out, ClipFolder(folder, 5, clips), max_broken=4, **settings).run()
     extraction(small_codec(), out, ClipFolder(folder, 5, clips), max_broken=5, **settings).run()
     manifest = Manifest.load(out)
     names = ["run/2.mp4", "walk/1.mkv", "walk/2.mkv", "walk/3.mp4", "walk/4.gif"]
     assert manifest.broken == tuple(str(folder / name) for name in names)
-    assert (manifest.count, manifest.class_counts) == (3, (2, 1))
-    assert "skipped a broken clip (5 so far)" in caplog.text
+    assert (manifest.count, manifest.class_counts) == (6, (4, 2))
+    assert "skipped a broken video (5 so far)" in caplog.text
     assert set(manifest.files()) == set(contents(out))

@@ -30,12 +30,12 @@ def test_digits_are_bright_strokes_on_black(digits: Digits) -> None:
 def test_the_digits_as_a_source(digits: Digits) -> None:
     source = open_like_a_config("digits", num_classes=10, part_size=1000)
     assert (source.description, source.num_parts, source.class_names) == ("digits", 2, digits.class_names)
-    samples = [sample for part in range(2) for sample in source.samples(part)]
-    assert [sample.label for sample in samples] == digits.labels
-    assert samples[1796].key == "digits[1796]"
-    image = centre_crop(samples[1000].read(), 32)
+    items = [item for part in range(2) for item in source.items(part)]
+    assert [item.label for item in items] == digits.labels
+    assert items[1796].key == "digits[1796]"
+    image = centre_crop(items[1000].read()[0], 32)
     assert np.array_equal(np.asarray(image), digits[1000].permute(1, 2, 0).numpy())
-    assert len(list(digits.samples(0))) == 1797
+    assert len(list(digits.items(0))) == 1797
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentStore
 from iwin_dit.data.manifest import DTYPES, Manifest
 from iwin_dit.data.prepare import make_digits_vae
-from iwin_dit.data.sources import ImageFolder
+from iwin_dit.data.sources import ImageFolder, Item
 from tests.latent_folders import (
     CLIPS,
     Killed,
@@ -148,7 +150,7 @@ def test_broken_images_are_named_counted_and_limited(tmp_path, caplog):
     assert LatentStore(tmp_path / "a").labels.tolist() == [i % 2 for i in range(40) if i not in (3, 14)]
     assert "skipped a broken image (2 so far): square 14: torn" in caplog.text
 
-    with pytest.raises(ValueError, match=r"2 broken images, data.max_broken_images is 1; .*\n  square 3\n  square 14"):
+    with pytest.raises(ValueError, match=r"2 broken images, data.max_broken is 1; .*\n  square 3\n  square 14"):
         extraction(CODEC, tmp_path / "b", Squares(broken=(3, 14)), max_broken=1).run()
     with pytest.raises(ValueError, match=r"no image of squares could be read \(40 broken ones\)"):
         extraction(CODEC, tmp_path / "c", Squares(broken=tuple(range(40))), max_broken=40).run()
@@ -206,6 +208,35 @@ def test_decoding_reads_ahead_but_not_far(tmp_path):
 
     list(encoder.shards(0, advance))
     assert leads == [3, 3, 3, 2, 0]  # of at most four images
+
+
+def test_every_thread_has_a_video_where_those_are_more_than_two_batches(tmp_path):
+    """And its clips come out in their order, each with noise of its own place."""
+    asked: list[int] = []
+
+    def read(video: int) -> list[list[Image.Image]]:
+        asked.append(video)
+        return [[Image.fromarray(frame) for frame in SquareClips.images[4 * video + clip]] for clip in range(4)]
+
+    class Videos(SquareClips):
+        num_parts = 1
+
+        def items(self, part: int) -> Iterator[Item]:
+            return (Item(f"video {i}", i % 2, partial(read, i), 4) for i in range(10))
+
+    ahead: list[int] = []
+    settings = {"posterior": "sample", "dtype": "float32"}
+    encoder = extraction(CODEC, tmp_path / "a", Videos(), shard_size=100, batch_size=1, **settings).encoder
+    (shard,) = encoder.shards(0, lambda count: ahead.append(len(asked)))
+    assert ahead[0] in (3, 4)  # threads
+    assert shard.labels.tolist() == [i // 4 % 2 for i in range(40)]
+
+    class Clips(SquareClips):
+        num_parts, part_size = 1, 40
+
+    encoder = extraction(CODEC, tmp_path / "b", Clips(), shard_size=100, **settings).encoder
+    (alone,) = encoder.shards(0, lambda count: None)
+    torch.testing.assert_close(shard.latents, alone.latents, atol=1e-5, rtol=1e-5)
 
 
 # --- killed, started again, and by several

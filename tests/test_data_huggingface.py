@@ -70,14 +70,14 @@ def test_rows_become_samples(name: str, streaming: bool, parts: list[int], folde
     source = open_like_a_config(f"hf:{folder / name}", streaming=streaming)
     assert source.description == f"hf:{folder / name}"
     assert source.class_names == ("ant", "bee", "cat")
-    samples = [list(source.samples(part)) for part in range(source.num_parts)]
+    samples = [list(source.items(part)) for part in range(source.num_parts)]
     assert [len(part) for part in samples] == parts
     together = list(itertools.chain(*samples))
     assert [sample.label for sample in together] == [i % 3 for i in range(10)]
-    assert [sample.read().getpixel((0, 0)) for sample in together] == [(i, 0, 0) for i in range(10)]
+    assert [sample.read()[0].getpixel((0, 0)) for sample in together] == [(i, 0, 0) for i in range(10)]
     assert len({sample.key for sample in together}) == 10
     assert together[9].key == f"hf:{folder / name}/train " + ("part 2 row 2" if streaming else "row 9")
-    assert [sample.key for sample in source.samples(1)] == [sample.key for sample in samples[1]]
+    assert [sample.key for sample in source.items(1)] == [sample.key for sample in samples[1]]
 
 
 def test_columns_of_bytes_and_integers(tmp_path: Path, folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_columns_of_bytes_and_integers(tmp_path: Path, folder: Path) -> None:
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "data.parquet")
     source = open_like_a_config(f"hf:{tmp_path}", image_key="pixels", label_key="class")
     assert source.class_names == ("0", "1", "2")
-    assert [(s.label, s.read().getpixel((0, 0))) for s in source.samples(0)] == [(1, (1, 0, 0)), (2, (2, 0, 0))]
+    assert [(s.label, s.read()[0].getpixel((0, 0))) for s in source.items(0)] == [(1, (1, 0, 0)), (2, (2, 0, 0))]
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     named = open_like_a_config(
         f"hf:{tmp_path}", image_key="pixels", label_key="class", class_names=tmp_path / "names.txt"
@@ -104,8 +104,8 @@ def test_images_beside_the_data_set(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "a.png").write_bytes(shade(7))
     images: list[Any] = [{"bytes": None, "path": path} for path in (str(tmp_path / "a.png"), "gone.png", "/dev/zero")]
     name = write_unembedded(tmp_path / "local", [*images, None, {"bytes": b"?", "path": None}])
-    good, *broken = open_like_a_config(name, part_size=5).samples(0)
-    assert good.read().getpixel((0, 0)) == (7, 0, 0)
+    good, *broken = open_like_a_config(name, part_size=5).items(0)
+    assert good.read()[0].getpixel((0, 0)) == (7, 0, 0)
     for i, sample in enumerate(broken, start=1):
         with pytest.raises(BrokenImageError, match=f"local/train row {i}: "):
             sample.read()
@@ -113,10 +113,10 @@ def test_images_beside_the_data_set(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"train part 0 row 0 lies outside the data set, at hf://.*set data.streaming: "
     ):
-        list(open_like_a_config(name, streaming=True).samples(0))
+        list(open_like_a_config(name, streaming=True).items(0))
     name = write_unembedded(tmp_path / "address", [{"bytes": None, "path": "https://example.org/a.png"}])
     with pytest.raises(ValueError, match=r"row 0 lies outside the data set, at https://.*; store the images' bytes"):
-        list(open_like_a_config(name).samples(0))
+        list(open_like_a_config(name).items(0))
 
 
 def test_structs_of_bytes_and_path(tmp_path: Path, folder: Path) -> None:
@@ -124,8 +124,8 @@ def test_structs_of_bytes_and_path(tmp_path: Path, folder: Path) -> None:
     images = pyarrow.array([{"bytes": shade(5), "path": "a.png"}])
     parquet.write_table(pyarrow.table({"image": images, "label": pyarrow.array([2])}), tmp_path / "train.parquet")
     for streaming in (False, True):
-        (sample,) = open_like_a_config(f"hf:{tmp_path}", streaming=streaming).samples(0)
-        assert (sample.label, sample.read().getpixel((0, 0))) == (2, (5, 0, 0))
+        (sample,) = open_like_a_config(f"hf:{tmp_path}", streaming=streaming).items(0)
+        assert (sample.label, sample.read()[0].getpixel((0, 0))) == (2, (5, 0, 0))
 
 
 def test_configurations(tmp_path: Path, folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_configurations(tmp_path: Path, folder: Path) -> None:
         build(rows).to_parquet(tmp_path / name / "train.parquet")
         card += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
     (tmp_path / "README.md").write_text(card + "---\n")
-    assert len(list(open_like_a_config(f"hf:{tmp_path}", config="large").samples(0))) == 2
+    assert len(list(open_like_a_config(f"hf:{tmp_path}", config="large").items(0))) == 2
     with pytest.raises(ValueError, match=r"(?s)Config name is missing.*\['small', 'large'\].*\(data.source_config\)"):
         open_like_a_config(f"hf:{tmp_path}")
 
@@ -181,7 +181,7 @@ def test_a_commit_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_labels_that_are_none(label: int | None, message: str, tmp_path: Path) -> None:
     build(2, label=[0, label]).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=message):
-        list(open_like_a_config(f"hf:{tmp_path}").samples(0))
+        list(open_like_a_config(f"hf:{tmp_path}").items(0))
 
 
 @pytest.mark.parametrize(

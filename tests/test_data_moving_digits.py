@@ -84,15 +84,16 @@ def test_the_clips_as_a_source(clips: MovingDigits) -> None:
     settings = ClipSettings(5, 4, frame_stride=3, clips_per_video=2)
     source = open_like_a_config("moving_digits", num_classes=10, part_size=1000, clips=settings)
     assert (source.description, source.num_parts, source.class_names) == ("moving_digits", 4, tuple("0123456789"))
-    samples = list(source.samples(3))
-    assert [sample.key for sample in samples[:3]] == [f"moving_digits[{1500 + i // 2}]#{i % 2}" for i in range(3)]
+    items = list(source.items(3))
+    assert [item.key for item in items[:3]] == [f"moving_digits[{i}]" for i in range(1500, 1503)]
     several = MovingDigits(clips=settings)
-    assert [sample.label for sample in samples] == several.labels[3000:]
-    read = np.stack([np.asarray(frame) for frame in samples[0].read()])
-    assert np.array_equal(read, several[3000].permute(0, 2, 3, 1))
+    assert [item.label for item in items] == several.labels[3000::2]
+    assert {item.count for item in items} == {2}
+    for clip, frames in enumerate(items[0].read(), start=3000):
+        assert np.array_equal([np.asarray(frame) for frame in frames], several[clip].permute(0, 2, 3, 1))
     assert np.array_equal(several.positions(3000), clips.positions(1500)[::3][:5])  # the first clip of digit 1500
     assert not np.array_equal(several.positions(3001), several.positions(3000))
-    assert next(clips.samples(0)).key == "moving_digits[0]"
+    assert next(clips.items(0)).key == "moving_digits[0]"
 
 
 def test_no_digit_is_on_both_sides_of_a_split() -> None:

@@ -45,16 +45,16 @@ def test_a_folder_is_cut_into_parts_in_order(folder: Path) -> None:
     assert source.description == str(folder)
     assert source.class_names == ("ant", "bee", "zebra")
     assert source.num_parts == 2
-    parts = [list(source.samples(part)) for part in range(2)]
+    parts = [list(source.items(part)) for part in range(2)]
     assert [[sample.label for sample in part] for part in parts] == [[0, 0, 0, 1], [2, 2]]
     assert parts[1][0].key == str(folder / "zebra/deeper/1.PNG")
-    assert parts[1][0].read().getpixel((0, 0)) == RED
-    assert [sample.key for sample in source.samples(1)] == [sample.key for sample in parts[1]]
+    assert parts[1][0].read()[0].getpixel((0, 0)) == RED
+    assert [sample.key for sample in source.items(1)] == [sample.key for sample in parts[1]]
 
 
 def test_a_broken_image_is_found_when_it_is_read(folder: Path) -> None:
     (folder / "bee" / "1.png").write_bytes(broken_images()["truncated.jpg"])
-    broken = list(open_like_a_config(folder).samples(0))[3]
+    broken = list(open_like_a_config(folder).items(0))[3]
     with pytest.raises(BrokenImageError, match=r"bee/1.png: OSError: .* truncated"):
         broken.read()
 
@@ -82,7 +82,7 @@ def test_files_that_are_not_named_as_images_are_counted(folder: Path, caplog: py
 
 
 def test_hidden_folders_are_left_alone_and_links_are_followed(folder: Path, tmp_path: Path) -> None:
-    before = [sample.key for part in range(2) for sample in open_like_a_config(folder).samples(part)]
+    before = [sample.key for part in range(2) for sample in open_like_a_config(folder).items(part)]
     elsewhere = tmp_path / "elsewhere"
     for hidden in (".cache", "ant/.thumbnails", "zebra/deeper/.ipynb_checkpoints"):
         (folder / hidden).mkdir()
@@ -90,13 +90,13 @@ def test_hidden_folders_are_left_alone_and_links_are_followed(folder: Path, tmp_
     (folder / "ant" / ".thumbnails" / "notes.txt").touch()
     source = ImageFolder(folder, 8)
     assert source.class_names == ("ant", "bee", "zebra")
-    assert [sample.key for sample in source.samples(0)] == before
+    assert [sample.key for sample in source.items(0)] == before
     assert source.num_ignored == 0
     (folder / "zebra" / "deeper").rename(elsewhere)
     (folder / "zebra" / "deeper").symlink_to(elsewhere, target_is_directory=True)
     (elsewhere / "back").symlink_to(folder / "zebra", target_is_directory=True)
     (folder / "bee" / "self").symlink_to(folder / "bee", target_is_directory=True)
-    assert [sample.key for sample in ImageFolder(folder, 8).samples(0)] == before
+    assert [sample.key for sample in ImageFolder(folder, 8).items(0)] == before
 
 
 def test_a_changed_folder_is_another_source(folder: Path) -> None:

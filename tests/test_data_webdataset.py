@@ -34,7 +34,7 @@ def pair(key: str, colour: tuple[int, int, int] = RED, label: bytes = b"1") -> l
 
 
 def read_tar(path: Path, image: str | None = None, label: str = "cls") -> list[tuple[str, int]]:
-    return [(sample.key, sample.label) for sample in WebDataset(str(path), image, label, NAMES).samples(0)]
+    return [(sample.key, sample.label) for sample in WebDataset(str(path), image, label, NAMES).items(0)]
 
 
 def test_members_that_share_a_key_are_a_sample(tmp_path: Path) -> None:
@@ -45,17 +45,17 @@ def test_members_that_share_a_key_are_a_sample(tmp_path: Path) -> None:
     write_tar(tmp_path / "x-09.tar", ("c.seg.png", b"?"), ("c.cls", b"1"), ("c.PNG", PNG[BLUE]))
     source = open_like_a_config(tmp_path / "x-{08..09}.tar")
     assert (source.num_parts, source.class_names) == (2, NAMES)
-    first, second = (list(source.samples(part)) for part in range(2))
+    first, second = (list(source.items(part)) for part in range(2))
     assert [(s.key, s.label) for s in first] == [(f"{tmp_path}/x-08.tar/a.png", 2), (f"{tmp_path}/x-08.tar/b/a.png", 0)]
     assert [(s.key, s.label) for s in second] == [(f"{tmp_path}/x-09.tar/c.png", 1)]
-    assert [s.read().getpixel((0, 0)) for s in first + second] == [RED, BLUE, BLUE]
+    assert [s.read()[0].getpixel((0, 0)) for s in first + second] == [RED, BLUE, BLUE]
 
 
 def test_extensions_can_be_chosen(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", ("a.jpg", b"?"), ("a.seg.png", PNG[BLUE]), ("a.id.txt", b"2"))
-    (sample,) = open_like_a_config(tar, image_key="seg.png", label_key="id.txt").samples(0)
-    assert (sample.label, sample.read().getpixel((0, 0))) == (2, BLUE)
-    (broken,) = open_like_a_config(tar, image_key="jpg", label_key="id.txt").samples(0)
+    (sample,) = open_like_a_config(tar, image_key="seg.png", label_key="id.txt").items(0)
+    assert (sample.label, sample.read()[0].getpixel((0, 0))) == (2, BLUE)
+    (broken,) = open_like_a_config(tar, image_key="jpg", label_key="id.txt").items(0)
     with pytest.raises(BrokenImageError, match=r"x.tar/a.jpg"):
         broken.read()
 

@@ -22,11 +22,13 @@ from PIL import Image
 import evaluate_fid
 from benchmarks.seeded_inception import write_seeded_weights
 from iwin_dit import IwinDiTPipeline
+from iwin_dit.data.clips import ClipSettings
 from iwin_dit.data.digits import Digits
 from iwin_dit.data.sources import keyed_permutation
 from iwin_dit.evaluation import networks
 from iwin_dit.evaluation.evaluator import Measurement
 from iwin_dit.evaluation.report import lines, warnings
+from iwin_dit.evaluation.videos import Cut
 from iwin_dit.metrics import inception
 from iwin_dit.metrics.digits import DigitsFeatures
 from tests.tools import tiny_model, tiny_vae
@@ -156,10 +158,10 @@ def test_folders_of_clips(workplace: Path, capsys: pytest.CaptureFixture[str]) -
             folder.mkdir(parents=True)
             for frame in range(4):  # the second and fourth do not count
                 Image.new("L", (8, 6), grey + clip + 100 * (frame % 2)).save(folder / f"{frame}.png")
-    result = run("--videos", "fake", "--reference", "real", "--i3d", "i3d.pt", "--frames", "2", "--stride", "2")
+    result = run("--videos", "fake", "--reference", "real", "--i3d", "i3d.pt", "--frames", "2", "--frame-stride", "2")
     # All six features of a clip are its grey: a shift of the mean by 50, and equal covariances.
     assert result["metrics"]["fvd_6"]["value"] == pytest.approx(6 * 50**2, rel=1e-6)
-    assert (result["generated"]["frames"], result["generated"]["stride"]) == (2, 2)
+    assert (result["generated"]["frames"], result["generated"]["frame_stride"]) == (2, 2)
     assert result["statistics"]["covariance"] == {"fvd": "over n"}
     assert "fvd_6 (6 samples vs 6 real, fake): 15000" in capsys.readouterr().out
 
@@ -418,7 +420,7 @@ def test_warnings_come_before_the_work(workplace: Path, capsys: pytest.CaptureFi
         ("reference --source digits --num-classes 10 --resolution 32 --out r.npz", "--num-classes has no meaning with"),
         ("reference --source data --num-classes 10 --resolution 32 --out r.npz", "--num-classes has no meaning with"),
         ("--model a --save-npz nowhere/a.npz", "--save-npz nowhere/a.npz: its folder does not exist"),
-        ("--videos a --reference b --stride 0", "--stride, --frame-rate and --resolution above 0, got None, 0, None"),
+        ("--videos a --reference b --frame-stride 0", "--frame-rate and --resolution above 0, got None, 0, None, None"),
         ("reference --source moving_digits --resolution 32 --out r.npz", "no reference file is made of clips"),
         ("reference --source a --resolution 32 --out r.npz --metrics moving_digits", "is made for moving_digits"),
         ("reference --source a --out r.npz", "--resolution"),
@@ -440,13 +442,7 @@ def test_commands_without_meaning_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "settled"),
     [
-        ("--model a", {"metrics": ("frechet_digits",), "reference": "digits", "out": Path("fid.json")}),
-        ("evaluate --model a --reference r.npz", {"metrics": ("fid",), "protocol": "adm"}),
-        ("--model a --metrics is", {"reference": None}),
-        ("--videos a --reference b", {"metrics": ("fvd",), "frames": 16, "stride": 1}),
-        ("--model a --reference moving_digits", {"metrics": ("moving_digits",)}),
-        ("--model a --frames 8", {"metrics": ("moving_digits",), "reference": "moving_digits"}),
-        ("--model a --reference b --i3d c", {"metrics": ("fvd",), "frames": None}),
+        ("--model a", {"out": Path("fid.json")}),
         ("reference --source digits --resolution 32 --out r.npz", {"metrics": ("frechet_digits",)}),
         ("reference --source hf:x --resolution 64 --out r.npz", {"metrics": ("fid", "sfid"), "keep_images": 10_000}),
         ("reference --source hf:x --resolution 64 --out r.npz", {"num_classes": 1000}),
@@ -459,6 +455,50 @@ def test_commands_without_meaning_are_refused(
 def test_what_is_not_said_is_settled(workplace: Path, arguments: str, settled: dict) -> None:
     args = vars(evaluate_fid.parse_arguments(arguments.split()))
     assert {key: args[key] for key in settled} == settled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "made", "metrics", "reference"),
+    [
+        ("--model a", evaluate_fid.Made(), ("frechet_digits",), "digits"),
+        ("--model a", evaluate_fid.Made(True, (4, 32, 32), 8.0), ("moving_digits",), "moving_digits"),
+        ("evaluate --model a --reference r.npz", evaluate_fid.Made(False), ("fid",), "r.npz"),
+        ("--model a --metrics is", evaluate_fid.Made(), ("is",), None),
+        ("--videos a --reference b", evaluate_fid.Made(True), ("fvd",), "b"),
+        ("--model a --reference moving_digits", evaluate_fid.Made(), ("moving_digits",), "moving_digits"),
+        ("--model a --frames 8", evaluate_fid.Made(), ("moving_digits",), "moving_digits"),
+        ("--model a --reference b --i3d c", evaluate_fid.Made(), ("fvd",), "b"),
+    ],
+)
+def test_metrics_and_reference_settle_each_other(
+    workplace: Path, arguments: str, made: evaluate_fid.Made, metrics: tuple[str, ...], reference: str | None
+) -> None:
+    args = evaluate_fid.parse_arguments(arguments.split())
+    before = dict(vars(args))
+    comparison = evaluate_fid.settle(args, made)
+    assert (comparison.metrics, comparison.reference, comparison.protocol) == (metrics, reference, "adm")
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "clips", "resolution"),
+    [
+        ("", ClipSettings(4, 12.5, 2), 32),
+        ("--frame-stride 3", ClipSettings(4, 12.5, 3), 32),
+        ("--frame-rate 25 --frames 8", ClipSettings(8, 25, 2), 32),
+    ],
+)
+def test_real_clips_are_cut_as_the_models_but_for_what_is_said(
+    workplace: Path, arguments: str, clips: ClipSettings, resolution: int
+) -> None:
+    model = "--model a --reference b --i3d c"
+    made = evaluate_fid.Made(True, (4, 32, 32), 12.5, 2)
+    args = evaluate_fid.parse_arguments(f"{model} {arguments}".split())
+    assert evaluate_fid.settle(args, made).cut == Cut(clips, resolution)
+    args = evaluate_fid.parse_arguments(["--model", "a", "--frames", "8", "--metrics", "moving_digits"])
+    assert evaluate_fid.settle(args, made).cut == Cut(ClipSettings(8, frame_stride=2))
+    args = evaluate_fid.parse_arguments(["--videos", "a", "--reference", "b", "--resolution", "64"])
+    assert evaluate_fid.settle(args, evaluate_fid.Made(True)).cut == Cut(ClipSettings(16), 64)
 
 
 def test_metrics_may_be_set_apart_by_spaces(workplace: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from iwin_dit.data.clips import ClipSettings
 from iwin_dit.data.sources import keyed_permutation
 from iwin_dit.evaluation import networks as networks_file
 from iwin_dit.evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
@@ -46,6 +47,7 @@ from iwin_dit.metrics.two_sample import kernel_inception_distance, precision_rec
 
 WIDTHS = {"pool": 6, "spatial": 5, "logits": 4}
 ALL = ("fid", "sfid", "is", "kid", "pr")
+CUT = Cut(ClipSettings(2, frame_stride=3))
 SIZE = 4  # pixels
 
 
@@ -479,15 +481,15 @@ def write_clips(folder: Path) -> Tensor:
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        (Cut(2, 1), "of 2 frames at stride 3, as the reference's, got 2 frames at stride 1 in"),
-        (Cut(1, 3), "of 2 frames, got 1 in"),
-        (Cut(2, 3, resolution=2), "got 2 frames at stride 3, cropped to 2 x 2 in"),
-        (Cut(2, 3, frame_rate=1.0), "got 2 frames at stride 3 of 1 a second in"),
+        (Cut(ClipSettings(2)), "of 2 frames at stride 3, as the reference's, got 2 frames at stride 1 in"),
+        (Cut(ClipSettings(1, frame_stride=3)), "of 2 frames, got 1 in"),
+        (Cut(ClipSettings(2, frame_stride=3), 2), "got 2 frames at stride 3, cropped to 2 x 2 in"),
+        (Cut(ClipSettings(2, 1, 3)), "got 2 frames at stride 3 of 1 a second in"),
     ],
 )
 def test_clips_cut_otherwise_than_the_reference_are_refused(tmp_path: Path, cut: Cut, message: str) -> None:
     write_clips(tmp_path)
-    engine = Evaluator(Request(("fvd",), str(tmp_path), frames=2, stride=3), networks={"i3d": Clips()})
+    engine = Evaluator(Request(("fvd",), str(tmp_path), cut=CUT), networks={"i3d": Clips()})
     fake = VideoFiles(tmp_path, cut)
     for clip in fake.paths:  # which are not read before it is refused
         clip.rename(clip.with_name(f"moved-{clip.name}"))
@@ -497,7 +499,7 @@ def test_clips_cut_otherwise_than_the_reference_are_refused(tmp_path: Path, cut:
 
 def test_clips_are_compared_by_covariances_over_n(tmp_path: Path) -> None:
     clips = write_clips(tmp_path)
-    engine = Evaluator(Request(("fvd",), str(tmp_path), frames=2, stride=3), networks={"i3d": Clips()})
+    engine = Evaluator(Request(("fvd",), str(tmp_path), cut=CUT), networks={"i3d": Clips()})
     fake = FAKE[:40].view(20, 2, 3, SIZE, SIZE)
     measurement = engine.measure(ImageTensor(fake, "clips"), progress=False)
     assert measurement is not None
@@ -507,7 +509,7 @@ def test_clips_are_compared_by_covariances_over_n(tmp_path: Path) -> None:
     expected = ((m1 - m2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * cross
     assert measurement.values["fvd_20"]["value"] == pytest.approx(expected, rel=1e-9)
     assert measurement.record["statistics"]["covariance"] == {"fvd": "over n"}
-    assert (measurement.record["reference"]["frames"], measurement.record["reference"]["stride"]) == (2, 3)
+    assert (measurement.record["reference"]["frames"], measurement.record["reference"]["frame_stride"]) == (2, 3)
 
 
 # --- metrics as data
@@ -574,7 +576,7 @@ def test_what_no_metric_uses_is_refused(tmp_path: Path) -> None:
         Request(("fid",), batch_size=0)
     for metric in ("fid", "moving_digits"):
         with pytest.raises(ValueError, match=f"for the files of fvd, got 16 frames .* 8 a second for {metric}"):
-            Request((metric,), frame_rate=8.0)
+            Request((metric,), cut=Cut(ClipSettings(16, 8.0)))
 
 
 def test_metrics_share_what_they_keep_and_its_size_is_known() -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 import evaluate_fid
 from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
+from iwin_dit.data.clips import ClipSettings
+from iwin_dit.data.codec import LatentCodec
+from iwin_dit.data.digits import DIGIT_NAMES
 from iwin_dit.evaluation import networks
 from iwin_dit.evaluation.evaluator import Evaluator, Measurement, Request
 from iwin_dit.evaluation.partial import Partial
@@ -28,7 +31,7 @@ from iwin_dit.metrics.images import ImageTensor
 from iwin_dit.metrics.moving_digits import MovingDigitsFeatures, summarise
 from iwin_dit.training.config import parse_config
 from iwin_dit.training.evaluation import build_request
-from iwin_dit.training.pictures import export
+from iwin_dit.training.pictures import build_pipeline, export
 from tests.test_evaluate_fid import MeanColours, launch, run
 from tests.test_evaluation import Pair, pair  # noqa: F401 - the fixture
 from tests.tools import tiny_model, tiny_vae, tiny_video_model
@@ -129,7 +132,7 @@ class Asked(LabelledClips):
     prefetch = False
 
     def __init__(self, clips: Tensor, labels: Sequence[int]) -> None:
-        super().__init__(clips, labels, stride=1)
+        super().__init__(clips, labels, stride=1, fps=8.0)
         self.asked: list[int] = []
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -140,13 +143,13 @@ class Asked(LabelledClips):
 def evaluator(batch_size: int = 4) -> Evaluator:
     torch.manual_seed(0)
     network = MovingDigitsFeatures(DigitsFeatures(), 16, FRAMES).requires_grad_(False).eval()
-    request = Request(("moving_digits",), "moving_digits", frames=FRAMES, batch_size=batch_size)
+    request = Request(("moving_digits",), "moving_digits", cut=Cut(ClipSettings(FRAMES)), batch_size=batch_size)
     return Evaluator(request, networks={"motion": network})
 
 
 def fakes(count: int = 11) -> Asked:
     """Real clips at twice the speed, of which some frames are blank, under labels of which some are wrong."""
-    real = moving_digits(Cut(FRAMES, 2))
+    real = moving_digits(ClipSettings(FRAMES, frame_stride=2))
     clips, labels = real.read(range(count)).clone(), real.labels(range(count))
     clips[3, 1:] = 0
     return Asked(clips, [(label + i % 2) % 10 for i, label in enumerate(labels)])
@@ -163,7 +166,7 @@ def values(measurement: Measurement) -> dict[str, float]:
 
 
 def test_the_values_are_those_of_direct_computation() -> None:
-    engine, fake, real = evaluator(), fakes(), moving_digits(Cut(FRAMES))
+    engine, fake, real = evaluator(), fakes(), moving_digits(ClipSettings(FRAMES))
     measurement = measure(engine)
     network = engine.networks["motion"]
     mine = summarise(network(fake.images)["motion"], fake.labels(range(11)))
@@ -184,11 +187,8 @@ def test_the_values_are_those_of_direct_computation() -> None:
     assert 1.5 < measurement.values["digit_displacement"]["value"] < 2.5
     assert (measurement.n_fake, measurement.n_real) == (11, 300)
     record = json.loads(json.dumps(measurement.record, allow_nan=False))
-    assert (record["reference"]["path"], record["reference"]["frames"], record["reference"]["stride"]) == (
-        "moving_digits",
-        FRAMES,
-        1,
-    )
+    reference = record["reference"]
+    assert (reference["path"], reference["frames"], reference["frame_stride"]) == ("moving_digits", FRAMES, 1)
     assert record["reference"]["images"] == {"n": 300, "of": 300}
     assert record["features"]["motion"]["widths"] == {"motion": 14}
     assert record["protocol"] is None
@@ -196,7 +196,7 @@ def test_the_values_are_those_of_direct_computation() -> None:
 
 
 def test_real_clips_against_themselves() -> None:
-    entry = measure(evaluator(), moving_digits(Cut(FRAMES))).values
+    entry = measure(evaluator(), moving_digits(ClipSettings(FRAMES))).values
     assert entry["digit_recognition"]["value"] == entry["digit_recognition"]["floor"]["value"]
     assert entry["digit_displacement"]["value"] == 1
     assert entry["blank_frames"]["value"] == 0
@@ -320,7 +320,7 @@ def test_two_speeds_are_warned_of() -> None:
     [warning] = early_warnings(reference, [32, 32], None, 8.0)
     assert warning.startswith("the reference's clips have 25 frames per second, the generated ones 8")
     assert early_warnings(reference, [32, 32], None, 24.98) == early_warnings(reference, [32, 32], None) == []
-    every_second = moving_digits(Cut(FRAMES, 2))
+    every_second = moving_digits(ClipSettings(FRAMES, frame_stride=2))
     assert every_second.fps == every_second.record()["fps"] == 4
     assert evaluator().about_reference()["fps"] == 8
 
@@ -328,7 +328,11 @@ def test_two_speeds_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metrics": ("fvd",), "frames": 1}, "fvd is of motion: expected clips of at least 2 frames, got 1"),
+        ({"metrics": ("fvd",), "cut": Cut(ClipSettings(1))}, "fvd is of motion: .* of at least 2 frames, got 1"),
+        (
+            {"metrics": ("moving_digits",), "cut": Cut(ClipSettings(4, 8))},
+            "a frame rate and a resolution are for the f",
+        ),
         ({"metrics": ("moving_digits",), "max_broken": 1}, "max_broken and real_count are for the files of fvd"),
         ({"metrics": ("fid",), "real_count": 9}, "max_broken and real_count are for the files of fvd, got fid"),
         ({"metrics": ("fvd",), "max_broken": -1}, "max_broken of at least 0 and a real_count of at least 2, got -1"),
@@ -348,11 +352,11 @@ def test_the_classifier_recognises_real_clips_and_tells_wrong_ones(
     engine = Evaluator(Request(("moving_digits",), "moving_digits", batch_size=100))
     record = json.loads((tmp_path / networks.MOTION_CLASSIFIER / "classifier.json").read_text())
     assert record["held_out_accuracy"] >= 0.98
-    real = moving_digits(Cut())
+    real = moving_digits(ClipSettings(16))
     found = measure(engine, real).values["digit_recognition"]
     assert found["value"] == found["floor"]["value"] == pytest.approx(record["held_out_accuracy"], abs=1e-3)
     assert min(found["by_class"]) > 0.9
-    wrong = LabelledClips(real.images, [(label + 1) % 10 for label in real.labels(range(300))], 1)
+    wrong = LabelledClips(real.images, [(label + 1) % 10 for label in real.labels(range(300))], 1, 8.0)
     assert measure(engine, wrong).values["digit_recognition"]["value"] < 0.01
     monkeypatch.setattr(networks, "train_motion_classifier", None)  # a second training would fail
     Evaluator(Request(("moving_digits",), "moving_digits"))
@@ -413,9 +417,8 @@ def test_a_video_model_is_measured_by_fvd(workplace: Path, capsys: pytest.Captur
     result = run(*model)
     assert list(result["metrics"]) == ["fvd_6"]
     reference = result["reference"]
-    assert (reference["frames"], reference["stride"], reference["frame_rate"]) == (FRAMES, 1, 4.0)
+    assert (reference["frames"], reference["frame_stride"], reference["frame_rate"]) == (FRAMES, 1, 4.0)
     assert (reference["resolution"], reference["image_size"], reference["fps"]) == (32, [32, 32], 4.0)
-    assert reference["start"].startswith("middle")
     real = np.array([[10 * clip + 5 * frame for frame in range(2, 6)] * 3 for clip in range(5)], float)
     pipe = IwinDiTVideoPipeline.from_pretrained("pipeline")
     fake = SampledImages(pipe, 6, Sampling(steps=1), ABOUT).read(range(6)).double().mean(dim=(3, 4))
@@ -426,21 +429,13 @@ def test_a_video_model_is_measured_by_fvd(workplace: Path, capsys: pytest.Captur
     assert result["metrics"]["fvd_6"]["value"] == pytest.approx(expected, rel=1e-2)
     printed = capsys.readouterr().err
     assert "warning: the reference's clips have" not in printed
-    assert (
-        printed.count("there is no record of how training cut its clips beside pipeline: real ones are cut at 4") == 1
-    )
-    other = run(*model, "--stride", "2", out="other.json")["reference"]
-    assert (other["stride"], other["frame_rate"], other["start"], other["fps"]) == (2, None, "first frame", None)
-    run(*model, "--stride", "2", "--frame-rate", "25", out="fast.json")
-    printed = capsys.readouterr().err
-    assert "the reference's clips have 12.5 frames per second, the generated ones 4" in printed
-    assert "there is no record" not in printed
+    other = run(*model, "--frame-stride", "2", out="other.json")["reference"]  # the rate is the model's still
+    assert (other["frame_stride"], other["frame_rate"], other["fps"]) == (2, 4.0, 2.0)
+    assert "the reference's clips have 2 frames per second, the generated ones 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["fvd", "moving_digits"])
-def test_real_clips_are_cut_as_training_cuts_them(
-    workplace: Path, capsys: pytest.CaptureFixture[str], metric: str
-) -> None:
+def test_real_clips_are_cut_as_training_cuts_them(workplace: Path, metric: str) -> None:
     torch.jit.save(torch.jit.script(MeanOfFrames()), workplace / "i3d.pt")
     write_clips(workplace / "real", 3, (48, 40))
     of_files = ("--reference", "real", "--i3d", "i3d.pt") if metric == "fvd" else ()
@@ -448,21 +443,21 @@ def test_real_clips_are_cut_as_training_cuts_them(
     words += ["--data.frames", str(FRAMES), "--data.frame_rate", "12.5", "--data.frame_stride", "2"]
     words += ["--data.resolution", "32", "--model.sample_size", f"[{FRAMES}, 16, 16]"]
     config = parse_config(["--config", str(MOVING_DIGITS), *words])
-    assert config.data.clips is not None
-    export(video_pipeline(fps=6.25), workplace / "run" / "pipeline", 7, config.data.clips)
+    model = tiny_video_model(sample_size=(FRAMES, 16, 16))
+    trained = build_pipeline(config, model, LatentCodec(tiny_vae()), DIGIT_NAMES)
+    export(trained, workplace / "run" / "pipeline", 7)
     args = evaluate_fid.parse_arguments(["--model", "run", "--metrics", metric, *of_files])
     accelerator = evaluate_fid.start()
-    evaluate_fid.open_pipeline("run", args, accelerator)
-    request = evaluate_fid.open_evaluator(args, accelerator).request
-    assert request.cut == build_request(config).cut
-    assert request.stride == 2
-    assert request.frame_rate == (12.5 if metric == "fvd" else None)
-    assert "there is no record" not in capsys.readouterr().err
+    _, comparison = evaluate_fid.open_pipeline("run", args, accelerator)
+    assert comparison.cut == build_request(config).cut
+    assert comparison.cut.clips == ClipSettings(FRAMES, 12.5 if metric == "fvd" else None, 2)
 
 
 def test_what_does_not_fit_the_model_is_refused_before_the_work(workplace: Path) -> None:
     video_pipeline().save_pretrained("video")
     video_pipeline(side=16).save_pretrained("small")
+    video_pipeline(fps=4.0).save_pretrained("slow")
+    torch.jit.save(torch.jit.script(MeanOfFrames()), workplace / "i3d.pt")
     IwinDiTPipeline(tiny_model(), tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained("images")
     write_clips(workplace / "real", 2, (32, 32))
     cases = [
@@ -475,7 +470,8 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work(workplace: Path)
         ("--model small", "moving_digits takes images of 32 x 32, got 16 x 16"),
         ("--model images --frames 8", "--frames has no meaning with --metrics frechet_digits"),
         ("--model images --metrics moving_digits", "moving_digits is of clips, to measure are images: expected fid or"),
-        ("sweep --model video images --out sweep", "expected models that all make images, or all make clips, got both"),
+        ("sweep --model video images --out sweep", "moving_digits is of clips, to measure are images"),
+        ("sweep --model video slow --reference real --i3d i3d.pt --out sweep", "alike, got video by .* and slow by .*"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

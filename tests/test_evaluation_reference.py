@@ -188,7 +188,7 @@ def test_digits_in_the_features_of_their_classifier(tmp_path: Path) -> None:
         source, {"digits": network}, out, resolution=32, keep_images=10, batch_size=500, progress=False
     )
     loaded = load_reference(out, {"digits": 64})
-    images = torch.stack([torch.from_numpy(np.array(s.read())) for p in range(2) for s in source.samples(p)])
+    images = torch.stack([torch.from_numpy(np.array(s.read()[0])) for p in range(2) for s in source.items(p)])
     rows = network(images.permute(0, 3, 1, 2))["digits"].double()
     assert loaded.gaussians["digits"].covariance.numpy() == pytest.approx(rows.T.cov().numpy(), rel=1e-4, abs=1e-9)
     assert loaded.images is not None
@@ -214,11 +214,11 @@ def test_folders_with_and_without_class_folders_are_the_same_images(tmp_path: Pa
     assert open_reference_source(str(root)).fingerprint == flat.fingerprint
     (root / "2" / "back").unlink()
     keys = [
-        [s.key for p in range(source.num_parts) for s in source.samples(p)] for source in (flat, ImageFolder(root, 4))
+        [s.key for p in range(source.num_parts) for s in source.items(p)] for source in (flat, ImageFolder(root, 4))
     ]
     assert keys[0] == keys[1]
     assert flat.fingerprint == ImageFolder(root, 4).fingerprint
-    assert {s.label for s in flat.samples(0)} == {0}
+    assert {s.label for s in flat.items(0)} == {0}
     with pytest.raises(ValueError, match=r"data.image_key is for tars and Hugging Face data sets alone"):
         open_reference_source(str(root), image_key="png")
     with pytest.raises(ValueError, match="which is not a folder"):

@@ -16,13 +16,12 @@ from diffusers import (
 from PIL import Image, ImageSequence
 
 from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
-from iwin_dit.data.videos import read_frames
 from iwin_dit.files import sha256
 from iwin_dit.pipelines import identify, load_pipeline
 from iwin_dit.pipelines.pictures import check_grid, clip_grid, grid_size, image_grid, save_frames, save_gif
 from iwin_dit.training.checkpoint import CheckpointWriter
 from iwin_dit.training.state import Snapshot
-from tests.tools import tiny_model, tiny_vae, tiny_video_model
+from tests.tools import all_frames, tiny_model, tiny_vae, tiny_video_model
 
 NAMES = {i: f"name {i}" for i in range(10)}
 
@@ -424,5 +423,5 @@ def test_frames_as_pictures(tmp_path):
     """Without loss, read back as a clip; a shorter clip leaves nothing of the last one."""
     for frames in (coloured(12), coloured(3)):
         save_frames(frames, tmp_path / "clip")
-        read = read_frames(tmp_path / "clip")
+        read = all_frames(tmp_path / "clip")
         np.testing.assert_array_equal(read, np.stack([np.asarray(frame) for frame in frames]))

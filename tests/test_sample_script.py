@@ -13,11 +13,11 @@ from PIL import Image
 
 import sample
 from iwin_dit import IwinDiTVideoPipeline
-from iwin_dit.data.videos import probe_clip, read_frames
+from iwin_dit.data.videos import probe_clip
 from iwin_dit.pipelines import pictures
 from iwin_dit.pipelines.pictures import grid_size
 from tests import test_pipeline, test_pipeline_video
-from tests.tools import tiny_vae, tiny_video_model
+from tests.tools import all_frames, tiny_vae, tiny_video_model
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,13 @@ def test_what_cannot_be_written_is_refused_before_sampling(videos, tmp_path, mon
     assert "height must be a positive multiple of 2" in refused(videos, out, "--height", "0")
     monkeypatch.setitem(sys.modules, "av", None)
     message = refused(videos, out, "--format", "mp4")
-    assert 'MP4 files need PyAV: pip install "iwin-dit[video]"; --format gif or --format frames' in message
+    assert 'video files need PyAV: pip install "iwin-dit[video]"; --format gif or --format frames' in message
 
 
 def test_gifs_alone_where_there_can_be_no_mp4(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert len(run(videos, tmp_path)) == 9  # four GIFs, four JSONs, the grid
-    assert 'writing GIFs alone: MP4 files need PyAV: pip install "iwin-dit[video]"' in capsys.readouterr().out
+    assert 'writing GIFs alone: video files need PyAV: pip install "iwin-dit[video]"' in capsys.readouterr().out
 
 
 def test_odd_sides(tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_frames(videos, tmp_path):
     )
     pipe = test_pipeline_video.tiny_pipeline()
     expected = pipe([7], num_inference_steps=2, generator=[torch.Generator().manual_seed(12)]).frames[0]
-    read = read_frames(tmp_path / "out" / stems()[3]).astype(int)
+    read = all_frames(tmp_path / "out" / stems()[3]).astype(int)
     assert np.abs(read - np.stack([np.asarray(frame) for frame in expected])).max() <= 1  # 1e-4 before rounding
 
 

@@ -1,17 +1,26 @@
-"""What several test files share: tiny real components, the error measure, code blocks of a page."""
+"""What several test files share: tiny real components, the error measure, the frames of a clip, code
+blocks of a page."""
 
+import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
 from iwin_dit import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from iwin_dit.data.videos import decode_frames
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def all_frames(path: Path) -> np.ndarray:
+    """All frames (T, H, W, 3) of a clip."""
+    return np.stack(list(decode_frames(path, itertools.count())))
 
 
 def tiny_model(**overrides) -> IwinDiTTransformer2DModel:

@@ -5,9 +5,7 @@ Letters: T frames of a clip, J clips of a video.
 """
 
 import dataclasses
-import itertools
 import math
-import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
@@ -16,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from .images import EXTENSIONS
-from .sources import Sample, check_class_folders, choose_class_names, class_folders, count_parts, files_fingerprint
-from .videos import VIDEO_EXTENSIONS, BrokenVideoError, ClipFacts, clip_files, decode_frames, probe_clip
+from .sources import Item, check_class_folders, choose_class_names, class_folders, count_parts, files_fingerprint
+from .videos import VIDEO_EXTENSIONS, BrokenVideoError, ClipFacts, clip_files, probe_clip, read_frames
 
 RATE_TOLERANCE = Fraction(1, 100)  # 23.976 is 24 frames a second, and 29.97 is 30
 
@@ -28,8 +26,9 @@ class ClipSettings:
 
     The video is first seen at `frame_rate`: its frame k there is the one nearest to k / `frame_rate` seconds after the
     first, the later one of two that are as near. Of a video within 1 % of that rate every frame is taken, and so it is
-    of a folder of frames, which has no rate; a video of a lower rate is refused, and one whose rate varies. A clip is
-    then `frames` of those frames, `frame_stride` apart.
+    of a folder of frames, which has no rate; a video of a lower rate is refused, and one whose rate varies. Without a
+    `frame_rate` all frames of a video are taken, whatever its rate. A clip is then `frames` of those frames,
+    `frame_stride` apart.
 
     Where (frames - 1) * frame_stride + 1 frames leave s more, clip j of J starts at frame floor(s (2j + 1) / 2J): the
     only one in the middle of the video, several in the middles of as many equal shares. In a video hardly longer than a
@@ -37,7 +36,8 @@ class ClipSettings:
 
     Attributes:
         frames: T, of a clip.
-        frame_rate: Frames per second before the stride; a clip plays at `frame_rate / frame_stride`.
+        frame_rate: Frames per second before the stride; a clip plays at `frame_rate / frame_stride`. None takes every
+            video as it is, as an evaluation may; training must name a rate.
         frame_stride: Distance between the frames that are taken; 1 takes every one.
         clips_per_video: J.
 
@@ -46,17 +46,36 @@ class ClipSettings:
     """
 
     frames: int
-    frame_rate: float
+    frame_rate: float | None = None
     frame_stride: int = 1
     clips_per_video: int = 1
 
     def __post_init__(self) -> None:
         for name in ("frames", "frame_stride", "clips_per_video"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.frame_rate < math.inf:
-            raise ValueError(f"data.frame_rate must be above 0 frames per second, got {self.frame_rate}")
-        object.__setattr__(self, "frame_rate", float(self.frame_rate))  # 8 and 8.0 are one setting, in JSON too
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.frame_rate is not None:
+            if not 0 < self.frame_rate < math.inf:
+                raise ValueError(f"frame_rate must be above 0 frames per second, got {self.frame_rate}")
+            object.__setattr__(self, "frame_rate", float(self.frame_rate))  # 8 and 8.0 are one setting, in JSON too
+
+    def __str__(self) -> str:
+        rate = "" if self.frame_rate is None else f" of {self.frame_rate:g} a second"
+        return f"{self.frames} frames at stride {self.frame_stride}{rate}"
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second at which a clip plays; None where that is the video's own affair."""
+        return None if self.frame_rate is None else self.frame_rate / self.frame_stride
+
+    @property
+    def span(self) -> int:
+        """Frames, as they are seen, from the first of a clip to its last."""
+        return (self.frames - 1) * self.frame_stride + 1
+
+    def videos_per_part(self, part_size: int) -> int:
+        """Videos whose clips make a part of `part_size` samples at most; at least one, as none is divided."""
+        return max(1, part_size // self.clips_per_video)
 
 
 class ClipFolder:
@@ -67,13 +86,12 @@ class ClipFolder:
     as images are left alone, too, and counted in a warning. The fingerprint is of the paths below `root` of all videos
     and frames, and of their sizes; no file is opened before a sample is read.
 
-    A video gives `clips.clips_per_video` samples, one after the other. The first of them that is read decodes all, for
-    which the others wait, and which are then held until they are read. So a damaged video is broken as a whole, and the
-    others stay where a split expects them.
+    A video is one item with `clips.clips_per_video` samples, and broken as a whole: the others stay where a split that
+    keeps the clips of a video together expects them.
 
     Args:
         root: The folder that holds the class folders.
-        part_size: Clips per part; the last part holds the rest.
+        part_size: Clips per part, in whole videos; the last part holds the rest.
         clips: How they are cut.
         class_names: Names by label; by default those of the folders.
 
@@ -101,42 +119,13 @@ class ClipFolder:
             for path in files
         )
         self.class_names = choose_class_names(class_names, tuple(names), self.description)
-        self._clips, self._part_size = clips, part_size
-        self._size = len(self._videos) * clips.clips_per_video
-        self.num_parts = count_parts(self._size, part_size)
+        self._clips, self._part_size = clips, clips.videos_per_part(part_size)
+        self.num_parts = count_parts(len(self._videos), self._part_size)
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part, in the order of class, path and time."""
-        indices = range(self._size)[part * self._part_size : (part + 1) * self._part_size]
-        for video, of_video in itertools.groupby(indices, lambda index: index // self._clips.clips_per_video):
-            path, label = self._videos[video]
-            reader = _VideoReader(path, self._clips)
-            for number in (index % self._clips.clips_per_video for index in of_video):
-                yield Sample(clip_key(str(path), number, self._clips), label, partial(reader.read, number))
-
-
-class _VideoReader:
-    """Decodes the clips of one video together, for several threads that read one each, and drops those that are read.
-
-    A clip that is read again, or after a failure, is decoded again.
-    """
-
-    def __init__(self, path: Path, clips: ClipSettings) -> None:
-        self._path, self._clips = path, clips
-        self._lock = threading.Lock()
-        self._decoded: dict[int, list[Image.Image]] = {}
-
-    def read(self, number: int) -> list[Image.Image]:
-        """Give the T frames of one clip, as `read_clips` does."""
-        with self._lock:
-            if number not in self._decoded:
-                self._decoded = dict(enumerate(read_clips(self._path, self._clips)))
-            return self._decoded.pop(number)
-
-
-def clip_key(video: str, number: int, clips: ClipSettings) -> str:
-    """Name of a clip in messages: `video#2` is the third of a video that gives several."""
-    return video if clips.clips_per_video == 1 else f"{video}#{number}"
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the videos of one part, in the order of class and path, their clips in that of time."""
+        for path, label in self._videos[part * self._part_size : (part + 1) * self._part_size]:
+            yield Item(str(path), label, partial(read_clips, path, self._clips), self._clips.clips_per_video)
 
 
 def read_clips(path: Path, clips: ClipSettings) -> list[list[Image.Image]]:
@@ -155,9 +144,7 @@ def read_clips(path: Path, clips: ClipSettings) -> list[list[Image.Image]]:
     """
     cut = cut_video(path, probe_clip(path), clips)
     needed = sorted({index for indices in cut for index in indices})
-    frames = dict(zip(needed, map(Image.fromarray, decode_frames(path, needed)), strict=False))
-    if len(frames) < len(needed):
-        raise BrokenVideoError(f"{path} ends before its frame {needed[len(frames)]} could be decoded")
+    frames = dict(zip(needed, map(Image.fromarray, read_frames(path, needed)), strict=True))
     return [[frames[index] for index in indices] for indices in cut]
 
 
@@ -175,25 +162,25 @@ def cut_video(path: Path, facts: ClipFacts, clips: ClipSettings) -> list[list[in
     Raises:
         BrokenVideoError: The video's rate varies or is too low, or it is too short.
     """
-    wanted = Fraction(clips.frame_rate)
+    step = Fraction(1) if clips.frame_rate is None else _frames_per_frame(path, facts, Fraction(clips.frame_rate))
+    frames = math.ceil((facts.frames - Fraction(1, 2)) / step)  # all k with floor(k step + 1/2) < facts.frames
+    if frames < clips.span:
+        raise BrokenVideoError(f"{path} is too short: expected at least {clips.span} frames for {clips}, got {frames}")
+    shares = 2 * clips.clips_per_video
+    starts = [(frames - clips.span) * (2 * j + 1) // shares for j in range(clips.clips_per_video)]
+    return [
+        [math.floor(k * step + Fraction(1, 2)) for k in range(start, start + clips.span, clips.frame_stride)]
+        for start in starts
+    ]
+
+
+def _frames_per_frame(path: Path, facts: ClipFacts, wanted: Fraction) -> Fraction:
+    """Frames of the file per frame of the video as it is seen at the wanted rate."""
     rate = wanted if facts.rate is None else facts.rate
     if not facts.constant_rate:
         raise BrokenVideoError(f"{path} has a variable frame rate: expected evenly spaced frames; convert it to one")
     if rate < wanted * (1 - RATE_TOLERANCE):
         raise BrokenVideoError(
-            f"{path} has {float(rate):.5g} frames per second, expected at least data.frame_rate {clips.frame_rate:g}"
+            f"{path} has {float(rate):.5g} frames per second, expected a rate of at least {float(wanted):g}"
         )
-    step = rate / wanted if rate > wanted * (1 + RATE_TOLERANCE) else Fraction(1)  # frames of the file per frame
-    frames = math.ceil((facts.frames - Fraction(1, 2)) / step)  # all k with floor(k step + 1/2) < facts.frames
-    span = (clips.frames - 1) * clips.frame_stride + 1
-    if frames < span:
-        raise BrokenVideoError(
-            f"{path} is too short: expected at least {span} frames at {clips.frame_rate:g} per second "
-            f"(data.frames {clips.frames}, data.frame_stride {clips.frame_stride}), got {frames}"
-        )
-    shares = 2 * clips.clips_per_video
-    starts = [(frames - span) * (2 * j + 1) // shares for j in range(clips.clips_per_video)]
-    return [
-        [math.floor(k * step + Fraction(1, 2)) for k in range(start, start + span, clips.frame_stride)]
-        for start in starts
-    ]
+    return rate / wanted if rate > wanted * (1 + RATE_TOLERANCE) else Fraction(1)

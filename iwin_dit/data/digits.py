@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from .sources import Sample, choose_class_names, count_parts, split_indices
+from .sources import Item, choose_class_names, count_parts, split_indices
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,10 @@ class Digits:
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._grey[index].expand(3, -1, -1).clone()
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part, in scikit-learn's order."""
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the images of one part, in scikit-learn's order."""
         for index in range(len(self))[part * self._part_size : (part + 1) * self._part_size]:
-            yield Sample(f"digits[{index}]", self.labels[index], partial(_read, self._grey[index]))
+            yield Item.of_one(f"digits[{index}]", self.labels[index], partial(_read, self._grey[index]))
 
 
 def _read(grey: torch.Tensor) -> Image.Image:

@@ -22,7 +22,7 @@ from .clips import ClipSettings
 from .codec import LatentCodec
 from .images import BrokenSampleError, centre_crop
 from .manifest import DTYPES, Posterior, stored_shape
-from .sources import ImageSource, Sample
+from .sources import ImageSource, Item, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class EncodeSettings:
         shard_size: Samples per file, at most. Memory holds about three times that (2.7 times where it was measured):
             the batches, the file's tensor and what is being written.
         batch_size: Samples per call of the codec. Memory holds the pixels of four batches in bytes, as two are decoded
-            ahead, and of one in float32, with flips of two. Of 64 clips of 16 frames of 256 pixels, four batches are
-            0.8 GB in bytes, and each one in float32 is as much again.
+            ahead (and at least an item per thread), and of one in float32, with flips of two. Of 64 clips of 16 frames
+            of 256 pixels, four batches are 0.8 GB in bytes, and each one in float32 is as much again.
         clips: How the clips of a source of clips were cut; None for images.
     """
 
@@ -88,15 +88,15 @@ class _Decoded(NamedTuple):
 
 
 class PartEncoder:
-    """Encodes parts of a source; `broken` collects the keys of the samples that could not be used.
+    """Encodes parts of a source; `broken` collects the keys of the images or videos that could not be used.
 
     Args:
         source: The images or clips.
         codec: Encodes them, on the device of its VAE.
         settings: What decides the result.
-        decode_threads: Threads that read and crop samples while the VAE works; each holds a clip's frames of full size,
-            or those of all clips of a video, for whose decoding the threads with its other clips wait.
-        max_broken: How many broken samples are skipped, with a warning each, before giving up.
+        decode_threads: Threads that read and crop while the VAE works, an image or a video each, of which a thread
+            holds all clips, with frames of full size.
+        max_broken: How many broken images or videos are skipped, with a warning each, before giving up.
 
     Raises:
         ValueError: The VAE cannot encode samples of that size.
@@ -127,11 +127,11 @@ class PartEncoder:
             Its files, full but for the last.
 
         Raises:
-            ValueError: More than `max_broken` samples are broken in all parts so far, one is of another size than the
-                settings say, or latents are not finite in the VAE's or the stored dtype.
+            ValueError: More than `max_broken` images or videos are broken in all parts so far, a sample is of another
+                size than the settings say, or latents are not finite in the VAE's or the stored dtype.
         """
         with ThreadPoolExecutor(self.decode_threads) as pool:
-            decoded = self._decoded(self.source.samples(part), pool)
+            decoded = self._decoded(self.source.items(part), pool)
             while True:
                 batches: list[torch.Tensor] = []
                 labels: list[int] = []
@@ -147,38 +147,55 @@ class PartEncoder:
                 yield EncodedShard(_join(batches), torch.tensor(labels), sums)
 
     def check_broken(self, broken: Sequence[str]) -> None:
-        """Raise a ValueError that lists the keys of broken samples, if they are more than `max_broken`."""
+        """Raise a ValueError that lists the keys of broken images or videos, if they are more than `max_broken`."""
         if len(broken) > self.max_broken:
             raise ValueError(
-                f"{len(broken)} broken {self.settings.noun}s, data.max_broken_images is {self.max_broken}; mend or "
-                "remove them, or raise the limit:\n  " + "\n  ".join(broken)
+                f"{len(broken)} broken {self._file_noun}s, data.max_broken is {self.max_broken}; mend or remove them, "
+                "or raise the limit:\n  " + "\n  ".join(broken)
             )
 
-    def _decoded(self, samples: Iterator[Sample], pool: ThreadPoolExecutor) -> Iterator[_Decoded]:
-        """Decode in threads, at most two batches ahead, and yield what can be used in the order of the samples."""
-        pending: deque[tuple[int, Sample, Future[np.ndarray]]] = deque()
-        numbered = enumerate(samples)
+    @property
+    def _file_noun(self) -> str:
+        return "image" if self.settings.clips is None else "video"
+
+    def _decoded(self, items: Iterator[Item], pool: ThreadPoolExecutor) -> Iterator[_Decoded]:
+        """Decode in threads, an item each, and yield the samples that can be used in their order.
+
+        At most two batches are ahead; but a video more where one is less than that, so that every thread has one.
+        """
+        pending: deque[tuple[int, Item, Future[list[np.ndarray]]]] = deque()
+        row = ahead = 0  # samples submitted, and those of them that are pending
         while True:
-            for row, sample in itertools.islice(numbered, 2 * self.settings.batch_size - len(pending)):
-                pending.append((row, sample, pool.submit(self._pixels, sample)))
+            while ahead < 2 * self.settings.batch_size or len(pending) < self.decode_threads:
+                if (item := next(items, None)) is None:
+                    break
+                pending.append((row, item, pool.submit(self._pixels, item)))
+                row, ahead = row + item.count, ahead + item.count
             if not pending:
                 return
-            row, sample, decoding = pending.popleft()
+            first, item, decoding = pending.popleft()
             try:
-                yield _Decoded(row, sample.key, sample.label, decoding.result())
+                samples = decoding.result()
             except BrokenSampleError as error:
-                self.broken.append(sample.key)
-                logger.warning("skipped a broken %s (%d so far): %s", self.settings.noun, len(self.broken), error)
+                self.broken.append(item.key)
+                logger.warning("skipped a broken %s (%d so far): %s", self._file_noun, len(self.broken), error)
                 self.check_broken(self.broken)
+                samples = []
+            ahead -= item.count
+            for number, pixels in enumerate(samples):
+                yield _Decoded(first + number, item.sample_key(number), item.label, pixels)
 
-    def _pixels(self, sample: Sample) -> np.ndarray:
+    def _pixels(self, item: Item) -> list[np.ndarray]:
+        """Pixels ([T,] R, R, 3) uint8 of the samples of an item."""
+        return [self._crop(item.sample_key(number), picture) for number, picture in enumerate(item.read())]
+
+    def _crop(self, key: str, picture: Picture) -> np.ndarray:
         """Pixels ([T,] R, R, 3) uint8 of a sample."""
-        read = sample.read()
-        frames = [read] if isinstance(read, Image.Image) else read
+        frames = [picture] if isinstance(picture, Image.Image) else picture
         pixels = np.stack([np.asarray(centre_crop(frame, self.settings.resolution)) for frame in frames])
-        pixels = pixels[0] if isinstance(read, Image.Image) else pixels
+        pixels = pixels[0] if isinstance(picture, Image.Image) else pixels
         if pixels.shape[:-1] != self.settings.size:
-            raise ValueError(f"expected pixels {self.settings.size} of {sample.key}, got {pixels.shape[:-1]}")
+            raise ValueError(f"expected pixels {self.settings.size} of {key}, got {pixels.shape[:-1]}")
         return pixels
 
     def _encode(self, batch: Sequence[_Decoded], part: int) -> torch.Tensor:

@@ -65,8 +65,8 @@ class Extraction:
         vae_id: Where the VAE can be found again (a folder or a Hub id); recorded.
         source_settings: What of the source is read; recorded.
         decode_threads: Threads that read and crop samples while the VAE works.
-        max_broken: How many unreadable samples are skipped (named in the log and the manifest) before giving up: by
-            each process while it runs, and by all of them at the end.
+        max_broken: How many broken images or videos are skipped (named in the log and the manifest) before giving up:
+            by each process while it runs, and by all of them at the end.
 
     Raises:
         ValueError: The VAE cannot encode samples of that size.

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from .images import BrokenImageError, read_image
-from .sources import Sample, check_label, choose_class_names, count_parts, files_fingerprint, number_names
+from .sources import Item, check_label, choose_class_names, count_parts, files_fingerprint, number_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset
@@ -78,14 +78,14 @@ class HuggingFaceSource:
         self._streamed = isinstance(dataset, datasets.IterableDataset)
         self.num_parts = dataset.num_shards if self._streamed else count_parts(len(dataset), part_size)
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part, in the data set's order; they hold an image's bytes or where it lies.
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the images of one part, in the data set's order; they hold an image's bytes or where it lies.
 
         Args:
             part: Which part.
 
         Yields:
-            The samples.
+            The images.
 
         Raises:
             ValueError: A label is missing or out of range.
@@ -106,7 +106,7 @@ class HuggingFaceSource:
             if image["bytes"] is None and "://" in (image["path"] or ""):
                 remedy = "set data.streaming: false" if self._streamed else "store the images' bytes in the column"
                 raise ValueError(f"{key} lies outside the data set, at {image['path']}; {remedy}")
-            yield Sample(key, label, partial(_read, image["bytes"], image["path"], key))
+            yield Item.of_one(key, label, partial(_read, image["bytes"], image["path"], key))
 
 
 def _read(content: bytes | None, path: str | None, key: str) -> Image.Image:

@@ -83,7 +83,7 @@ class Manifest:
         latents_std: C standard deviations of the same; for "mean_std" with the posterior's variance.
         shards: The files, in the order of the samples.
         labels_sha256: Of `labels.safetensors`.
-        broken: Keys of the samples that were skipped; every count in the manifest is of what is stored.
+        broken: Keys of the images or videos that were skipped; every count in the manifest is of what is stored.
         packages: Versions of what decoded and encoded.
         clips: The fields of the `ClipSettings` by which the clips were cut; None of images.
     """

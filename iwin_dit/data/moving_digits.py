@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .clips import ClipSettings, clip_key
+from .clips import ClipSettings
 from .digits import DIGIT_NAMES, load_digits
-from .sources import Sample, choose_class_names, count_parts
+from .sources import Item, choose_class_names, count_parts
 
 FRAME_SIZE = 32  # pixels
 DIGIT_SIZE = 16
@@ -36,7 +36,7 @@ class MovingDigits:
     `labels` beside it; sample i is clip i mod J of digit i div J.
 
     Args:
-        part_size: Clips per part; the last part holds the rest.
+        part_size: Clips per part, in whole digits; the last part holds the rest.
         clips: Frames of a clip, which shows every `frame_stride`-th frame of the motion; how many clips of a digit; and
             the rate that they play at, on which the motion per frame does not depend.
         class_names: Names by label; by default "0" to "9".
@@ -60,8 +60,8 @@ class MovingDigits:
         digits, labels = load_digits(DIGIT_SIZE)
         self._digits = digits.numpy()  # (1797, 16, 16)
         self.labels: list[int] = [label for label in labels for _ in range(clips.clips_per_video)]
-        self._clips, self._part_size = clips, part_size
-        self.num_parts = count_parts(len(self), part_size)
+        self._clips, self._part_size = clips, clips.videos_per_part(part_size)
+        self.num_parts = count_parts(len(digits), self._part_size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,15 +88,15 @@ class MovingDigits:
         travelled = (start + times * velocity) % (2 * _ROOM)  # there and back
         return np.minimum(travelled, 2 * _ROOM - travelled)
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part, in scikit-learn's order."""
-        for index in range(len(self))[part * self._part_size : (part + 1) * self._part_size]:
-            digit, clip = divmod(index, self._clips.clips_per_video)
-            key = clip_key(f"moving_digits[{digit}]", clip, self._clips)
-            yield Sample(key, self.labels[index], partial(self._read, index))
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the digits of one part with their clips, in scikit-learn's order."""
+        count = self._clips.clips_per_video
+        for digit in range(len(self._digits))[part * self._part_size : (part + 1) * self._part_size]:
+            clips = range(digit * count, (digit + 1) * count)
+            yield Item(f"moving_digits[{digit}]", self.labels[clips[0]], partial(self._read, clips), count)
 
-    def _read(self, index: int) -> list[Image.Image]:
-        return [Image.fromarray(frame).convert("RGB") for frame in self._draw(index)]
+    def _read(self, clips: range) -> list[list[Image.Image]]:
+        return [[Image.fromarray(frame).convert("RGB") for frame in self._draw(index)] for index in clips]
 
     def _draw(self, index: int) -> np.ndarray:
         """The frames (T, 32, 32) of a clip, grey, uint8."""

@@ -26,21 +26,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+Picture = Image.Image | list[Image.Image]  # a sample: an image, or the T frames of a clip; RGB and upright
+
+
 @dataclass(frozen=True)
-class Sample:
-    """One labelled image or clip, not yet decoded.
+class Item:
+    """What is decoded at once, and not yet is: a labelled image, or a video with all the clips that are cut from it.
 
     Args:
-        key: Names the sample in messages: a path, a tar and its member, or the row of a data set.
+        key: Names it in messages: a path, a tar and its member, or the row of a data set.
         label: Its class, from 0.
-        read: Decodes an image, or the T frames of a clip: upright, RGB, any one size. Holds the file's content or path,
-            and of a video that gives several clips those that were decoded and not yet read; nothing else. May be
-            called in another thread, and raises `BrokenSampleError` for what cannot be used.
+        read: Decodes its samples, in order, frames of any one size. Holds the file's content or path, nothing else. May
+            be called in another thread, and raises `BrokenSampleError` for what cannot be used, as a whole.
+        count: Number of samples.
     """
 
     key: str
     label: int
-    read: Callable[[], Image.Image | list[Image.Image]]
+    read: Callable[[], Sequence[Picture]]
+    count: int = 1
+
+    @classmethod
+    def of_one(cls, key: str, label: int, read: Callable[[], Picture]) -> "Item":
+        """An item with one sample, which `read` gives."""
+        return cls(key, label, lambda: [read()])
+
+    def sample_key(self, number: int) -> str:
+        """Name of one of the samples in messages: of several the third is `key#2`."""
+        return self.key if self.count == 1 else f"{self.key}#{number}"
 
 
 class ImageSource(Protocol):
@@ -66,8 +79,8 @@ class ImageSource(Protocol):
     def num_ignored(self) -> int:
         """Count the files whose names say that they are no samples; 0 for sources that are not folders of files."""
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part: always the same ones in the same order, labels in range."""
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the items of one part: always the same ones in the same order, labels in range."""
 
 
 class ImageFolder:
@@ -91,23 +104,23 @@ class ImageFolder:
         names = class_folders(root)
         by_class = (sorted(list_files(root / name), key=os.path.split) for name in names)
         files = [(path, label) for label, paths in enumerate(by_class) for path in paths]
-        self._samples = [(path, label) for path, label in files if path.lower().endswith(EXTENSIONS)]
-        counts = np.bincount([label for _, label in self._samples], minlength=len(names)).tolist()
+        self._images = [(path, label) for path, label in files if path.lower().endswith(EXTENSIONS)]
+        counts = np.bincount([label for _, label in self._images], minlength=len(names)).tolist()
         ignored = [path for path, _ in files if not path.lower().endswith(EXTENSIONS)]
         check_class_folders(root, names, counts, ignored, f"images ({', '.join(EXTENSIONS)})")
         self.num_ignored = len(ignored)
         self.description = str(root)
         self.fingerprint = files_fingerprint(
-            (Path(path).relative_to(root).as_posix(), Path(path).stat().st_size) for path, _ in self._samples
+            (Path(path).relative_to(root).as_posix(), Path(path).stat().st_size) for path, _ in self._images
         )
         self.class_names = choose_class_names(class_names, tuple(names), self.description)
         self._part_size = part_size
-        self.num_parts = count_parts(len(self._samples), part_size)
+        self.num_parts = count_parts(len(self._images), part_size)
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part, in the order of class and path."""
-        for path, label in self._samples[part * self._part_size : (part + 1) * self._part_size]:
-            yield Sample(path, label, partial(read_image, Path(path), path))
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the images of one part, in the order of class and path."""
+        for path, label in self._images[part * self._part_size : (part + 1) * self._part_size]:
+            yield Item.of_one(path, label, partial(read_image, Path(path), path))
 
 
 def class_folders(root: Path) -> list[str]:

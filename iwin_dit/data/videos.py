@@ -185,31 +185,24 @@ def _upright(path: Path, frame: Any) -> np.ndarray:
     return np.ascontiguousarray(pixels[::down, ::right])
 
 
-def read_frames(path: Path, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
-    """Decode frames `start`, `start + stride`, ... of a clip.
+def read_frames(path: Path, indices: Sequence[int]) -> list[np.ndarray]:
+    """Decode frames of a clip that must all be there.
 
     Args:
-        path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images, numbered or in the order of names.
-        start: The first frame, from 0.
-        count: How many frames, T; None takes all that follow.
-        stride: Distance between frames that are taken; 1 takes every one.
+        path: A video file (one of `VIDEO_EXTENSIONS`) or a folder of frame images.
+        indices: Numbers of frames from 0, ascending.
 
     Returns:
-        `(T, H, W, 3)` uint8, RGB.
+        `(H, W, 3)` uint8, RGB, one per index.
 
     Raises:
-        FileNotFoundError: If there is nothing at `path`.
-        ValueError: If the clip is too short, or as by `decode_frames`.
-        ImportError: If it is a video file and PyAV is not installed.
+        BrokenVideoError: If the clip ends before; another ValueError, FileNotFoundError or ImportError as by
+            `decode_frames`.
     """
-    if start < 0 or stride < 1 or (count is not None and count < 1):
-        raise ValueError(f"expected start >= 0, count >= 1 and stride >= 1, got {start}, {count} and {stride}")
-    frames = list(decode_frames(path, itertools.islice(itertools.count(start, stride), count)))
-    if len(frames) < (count or 1):
-        needed = start + ((count or 1) - 1) * stride + 1
-        wanted = f"{needed} frames (start {start}, count {count}, stride {stride})"
-        raise BrokenVideoError(f"{path} is too short: expected at least {wanted}, got fewer")
-    return np.stack(frames)
+    frames = list(decode_frames(path, indices))
+    if len(frames) < len(indices):
+        raise BrokenVideoError(f"{path} ends before its frame {indices[len(frames)]} could be decoded")
+    return frames
 
 
 def decode_frames(path: Path, indices: Iterable[int]) -> Iterator[np.ndarray]:
@@ -306,6 +299,24 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         raise BrokenVideoError(f"{path} cannot be decoded: {error.strerror}") from error
 
 
+def check_mp4(size: tuple[int, int], rate: float) -> None:
+    """Refuse what no MP4 file can be written of, or not here.
+
+    Args:
+        size: Width and height of a frame, in pixels.
+        rate: Frames per second.
+
+    Raises:
+        ValueError: A side is odd, or the rate is none.
+        ImportError: PyAV is not installed.
+    """
+    if any(side % 2 for side in size):
+        raise ValueError(f"MP4 files have even sides, got {size[0]} x {size[1]} pixels")
+    if not math.isfinite(rate) or Fraction(rate).limit_denominator(1001) <= 0:
+        raise ValueError(f"MP4 files have a rate above 0 frames per second, got {rate}")
+    _pyav()
+
+
 def write_video(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
     """Write frames as an MP4 file: H.264 in yuv420p, which every player knows, with little loss.
 
@@ -315,16 +326,14 @@ def write_video(frames: Sequence[Image.Image], path: Path, rate: float) -> None:
         rate: Frames per second; what is written is the nearest fraction of a denominator up to 1001.
 
     Raises:
-        ValueError: There are no frames, they are of several sizes or have an odd side, or the rate is none.
+        ValueError: There are no frames, they are of several sizes, or `check_mp4` refuses size or rate.
         ImportError: PyAV is not installed.
     """
     sizes = {frame.size for frame in frames}
-    if len(sizes) != 1 or any(side % 2 for side in frames[0].size):
-        raise ValueError(f"expected frames of one size with even sides for {path}, got {sorted(sizes) or 'none'}")
-    fraction = Fraction(rate).limit_denominator(1001) if math.isfinite(rate) else Fraction(0)
-    if fraction <= 0:
-        raise ValueError(f"expected a rate above 0 frames per second for {path}, got {rate}")
-    av = _pyav()
+    if len(sizes) != 1:
+        raise ValueError(f"expected frames of one size for {path}, got {sorted(sizes) or 'none'}")
+    check_mp4(frames[0].size, rate)
+    fraction, av = Fraction(rate).limit_denominator(1001), _pyav()
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fraction, options={"crf": _CRF})
         stream.width, stream.height = frames[0].size
@@ -339,5 +348,5 @@ def _pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError('video files need PyAV: pip install "iwin-dit[video]"; folders of frames do not') from error
+        raise ImportError('video files need PyAV: pip install "iwin-dit[video]"') from error
     return av

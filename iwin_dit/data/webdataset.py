@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .images import EXTENSIONS, read_image
-from .sources import Sample, check_label, files_fingerprint
+from .sources import Item, check_label, files_fingerprint
 
 _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}  # what the webdataset library would unpickle
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -60,14 +60,14 @@ class WebDataset:
         )
         self._label_extension = label_extension
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one tar in its order.
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the images of one tar in its order.
 
         Args:
             part: Which tar.
 
         Yields:
-            The samples; they hold their images' bytes.
+            The images; they hold their bytes.
 
         Raises:
             ValueError: The tar is damaged, has a member that is refused, a sample without exactly one image and one
@@ -78,11 +78,11 @@ class WebDataset:
         found = False
         for key, members in groupby(_members(tar, wanted), key=lambda member: member.key):
             found = True
-            yield self._sample(f"{tar}/{key}", list(members))
+            yield self._item(f"{tar}/{key}", list(members))
         if not found:
             raise ValueError(f"no samples in {tar}")
 
-    def _sample(self, key: str, members: list[_Member]) -> Sample:
+    def _item(self, key: str, members: list[_Member]) -> Item:
         images = [member for member in members if member.extension in self._image_extensions]
         labels = [member.content for member in members if member.extension == self._label_extension]
         if len(images) != 1 or len(labels) != 1:
@@ -96,7 +96,7 @@ class WebDataset:
             raise ValueError(f"expected an integer in {key}.{self._label_extension}, got {text[:40]!r}")
         name = f"{key}.{images[0].extension}"
         label = check_label(int(text), len(self.class_names), name)
-        return Sample(name, label, partial(read_image, images[0].content, name))
+        return Item.of_one(name, label, partial(read_image, images[0].content, name))
 
 
 def find_tars(pattern: str) -> list[Path]:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,14 +46,11 @@ class Request:
         inception_weights: Their file, where it is not in torch's cache.
         dinov2: Folder or Hub id of DINOv2, where it is not the usual one.
         i3d: TorchScript file of I3D, for fvd.
-        frames: Frames of a clip, on both sides.
-        stride: Frames of a reference's file from one of those to the next.
-        frame_rate: Frames per second at which those files are seen before, see `videos.Cut`.
-        resolution: Side of the square that their frames are cropped to as for training.
+        cut: How clips are cut out of the files of the reference; the generated ones have as many frames.
         batch_size: Images per process at a time.
         seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, of
             the split that gives the floor, and of the choice of `real_count` clips.
-        max_broken: Clips of fvd's reference that may be left out since they cannot be opened or cut.
+        max_broken: Clips of fvd's reference that may be left out since they are broken or cannot be cut so.
         real_count: So many clips of fvd's reference count, a choice by `seed`; None takes all.
 
     Raises:
@@ -66,12 +63,9 @@ class Request:
     inception_weights: Path | None = None
     dinov2: str | None = None
     i3d: Path | None = None
-    frames: int = 16
-    stride: int = 1
+    cut: Cut = field(default_factory=Cut)
     batch_size: int = 50
     seed: int = 0
-    frame_rate: float | None = None
-    resolution: int | None = None
     max_broken: int = 0
     real_count: int | None = None
 
@@ -81,9 +75,10 @@ class Request:
             raise ValueError(
                 f"expected a batch_size of at least 1 and a seed in [0, 2^32), got {self.batch_size} and {self.seed}"
             )
-        if of_clips(self.metrics) and self.frames < 2:
-            raise ValueError(f"{self.metrics[0]} is of motion: expected clips of at least 2 frames, got {self.frames}")
-        if self.cut != Cut(self.frames, self.stride) and self.metrics != ("fvd",):
+        clips = self.cut.clips
+        if of_clips(self.metrics) and clips.frames < 2:
+            raise ValueError(f"{self.metrics[0]} is of motion: expected clips of at least 2 frames, got {clips.frames}")
+        if (clips.frame_rate, self.cut.resolution) != (None, None) and self.metrics != ("fvd",):
             raise ValueError(
                 f"a frame rate and a resolution are for the files of fvd, got {self.cut} for {', '.join(self.metrics)}"
             )
@@ -94,11 +89,6 @@ class Request:
             )
         if (self.max_broken, self.real_count) != (0, None) and self.metrics != ("fvd",):
             raise ValueError(f"max_broken and real_count are for the files of fvd, got {', '.join(self.metrics)}")
-
-    @property
-    def cut(self) -> Cut:
-        """How clips are cut out of the files of the reference."""
-        return Cut(self.frames, self.stride, self.frame_rate, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -196,7 +186,7 @@ class Evaluator:
                 inception_weights=request.inception_weights,
                 dinov2=request.dinov2,
                 i3d=request.i3d,
-                frames=request.frames,
+                frames=request.cut.clips.frames,
                 device=self._device,
             )
         self.networks = networks
@@ -345,8 +335,10 @@ class Evaluator:
             if (images.frames is not None) != of_clips(self.request.metrics):
                 kinds = ("images", "clips") if images.frames is not None else ("clips", "images")
                 raise ValueError(f"{metrics} is of {kinds[0]}, got {kinds[1]}: {images.name}")
-            if images.frames not in (None, wanted.frames):
-                raise ValueError(f"expected clips of {wanted.frames} frames, got {images.frames} in {images.name}")
+            if images.frames not in (None, wanted.clips.frames):
+                raise ValueError(
+                    f"expected clips of {wanted.clips.frames} frames, got {images.frames} in {images.name}"
+                )
         if isinstance(images, FromFiles) and images.cut != wanted:
             raise ValueError(f"expected clips of {wanted}, as the reference's, got {images.cut} in {images.name}")
         if self._needs_labels:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.clips import ClipSettings
 from ..data.digits import Digits
 from ..data.moving_digits import DEFAULT_CLIPS, MovingDigits
 from ..data.sources import keyed_permutation, split_indices
@@ -50,7 +51,7 @@ class RealSide:
         seed: Of the split by which the floor is measured, of the images that KID, precision and recall compare with
             where there are more than 10,000, and of the choice of `count` clips.
         cut: How clips are cut out of files, and out of the moving digits.
-        max_broken: Clips of a folder that may be left out since they cannot be opened or cut.
+        max_broken: Clips of a folder that may be left out since they are broken or cannot be cut so.
         count: So many of a folder's clips count; None takes all.
 
     Attributes:
@@ -97,7 +98,7 @@ class RealSide:
         if name == "moving_digits" or "moving_digits" in needing:
             if (name, needing) != ("moving_digits", ["moving_digits"]):
                 raise ValueError(f"moving_digits compares with itself alone, got reference {name} for {needing}")
-            self.images = moving_digits(cut)
+            self.images = moving_digits(cut.clips)
         elif "fvd" in needing:
             if name in BUILT_IN or not Path(name).is_dir():
                 raise ValueError(f"fvd compares clips: expected a folder of clips as reference, got {name}")
@@ -331,16 +332,17 @@ class LabelledClips(ImageTensor):
         clips: `(N, T, 3, H, W)` uint8.
         labels: Class of each, N of them.
         stride: Frames of the motion from one of a clip to the next.
+        fps: Frames per second that the clips stand for.
 
     Attributes:
         frames: T.
-        fps: Frames per second that the clips stand for.
+        fps: As given.
     """
 
-    def __init__(self, clips: Tensor, labels: Sequence[int], stride: int) -> None:
+    def __init__(self, clips: Tensor, labels: Sequence[int], stride: int, fps: float | None) -> None:
         super().__init__(clips, "moving_digits")
         self.frames, self._labels, self._stride = clips.shape[1], labels, stride
-        self.fps = DEFAULT_CLIPS.frame_rate / stride
+        self.fps = fps
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """Classes of some of the clips.
@@ -355,23 +357,24 @@ class LabelledClips(ImageTensor):
 
     def record(self) -> dict[str, Any]:
         """What identifies the set: pixels, labels and how it was made."""
-        motion = {"frames": self.frames, "stride": self._stride, "fps": self.fps}
+        motion = {"frames": self.frames, "frame_stride": self._stride, "fps": self.fps}
         return {**super().record(), **motion, "digits": "held out"}
 
 
-def moving_digits(cut: Cut) -> LabelledClips:
+def moving_digits(clips: ClipSettings) -> LabelledClips:
     """The built-in moving digits, those whose digits the metric's classifier has not seen.
 
     Args:
-        cut: Number of frames and stride.
+        clips: Number of frames and stride.
 
     Returns:
         A clip of each held-out digit.
     """
-    source = MovingDigits(clips=dataclasses.replace(DEFAULT_CLIPS, frames=cut.frames, frame_stride=cut.stride))
+    settings = dataclasses.replace(DEFAULT_CLIPS, frames=clips.frames, frame_stride=clips.frame_stride)
+    source = MovingDigits(clips=settings)
     indices = split_indices(source.labels, HOLDOUT, SPLIT_SEED)[1].tolist()
-    clips = torch.stack([source[i] for i in indices])
-    return LabelledClips(clips, [source.labels[i] for i in indices], cut.stride)
+    pixels = torch.stack([source[i] for i in indices])
+    return LabelledClips(pixels, [source.labels[i] for i in indices], settings.frame_stride, settings.fps)
 
 
 def _merge(first: Gaussian, n: int, second: Gaussian, m: int, ddof: int) -> Gaussian:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.images import EXTENSIONS, BrokenImageError, centre_crop, read_image
-from ..data.sources import ImageSource, Sample, count_parts, files_fingerprint, open_source
+from ..data.sources import ImageSource, Item, count_parts, files_fingerprint, open_source
 from ..files import list_files
 from ..metrics.frechet import frechet_distance
 from ..metrics.moments import Gaussian, Moments
@@ -72,10 +72,10 @@ class FlatFolder:
         self._part_size = part_size
         self.num_parts = count_parts(len(self._paths), part_size)
 
-    def samples(self, part: int) -> Iterator[Sample]:
-        """Yield the samples of one part."""
+    def items(self, part: int) -> Iterator[Item]:
+        """Yield the images of one part."""
         for path in self._paths[part * self._part_size : (part + 1) * self._part_size]:
-            yield Sample(str(path), 0, partial(read_image, path, str(path)))
+            yield Item.of_one(str(path), 0, partial(read_image, path, str(path)))
 
 
 def open_reference_source(
@@ -341,25 +341,25 @@ class _Scan:
         }
 
     def _decoded(self) -> Iterator[_Image]:
-        """Decode in threads, at most two batches ahead, and yield the readable images in the order of the samples."""
-        samples = ((p, row, sample) for p in self._parts for row, sample in enumerate(self.source.samples(p)))
-        pending: deque[tuple[int, int, Sample, Future[np.ndarray]]] = deque()
+        """Decode in threads, at most two batches ahead, and yield the readable images in the order of the source."""
+        items = ((p, row, item) for p in self._parts for row, item in enumerate(self.source.items(p)))
+        pending: deque[tuple[int, int, Item, Future[np.ndarray]]] = deque()
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
             while True:
-                for part, row, sample in itertools.islice(samples, 2 * self.batch_size - len(pending)):
-                    pending.append((part, row, sample, pool.submit(self._pixels, sample)))
+                for part, row, item in itertools.islice(items, 2 * self.batch_size - len(pending)):
+                    pending.append((part, row, item, pool.submit(self._pixels, item)))
                 if not pending:
                     return
-                part, row, sample, decoding = pending.popleft()
+                part, row, item, decoding = pending.popleft()
                 try:
                     yield _Image(part, row, decoding.result())
                 except BrokenImageError as error:
-                    self.broken.append(sample.key)
+                    self.broken.append(item.key)
                     logger.warning("a broken image (%d so far): %s", len(self.broken), error)
                     self.check_broken()
 
-    def _pixels(self, sample: Sample) -> np.ndarray:
-        image = sample.read()
+    def _pixels(self, item: Item) -> np.ndarray:
+        (image,) = item.read()
         assert isinstance(image, Image.Image)  # a source that was opened without clips has none
         return np.array(centre_crop(image, self.resolution))
 

@@ -7,11 +7,9 @@ Letters: B batch, T frames, H W image axes.
 """
 
 import contextlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import diffusers
@@ -21,7 +19,6 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..pipelines import IwinDiTPipeline, IwinDiTVideoPipeline
-from ..pipelines.loading import EXPORT_RECORD
 
 Pipeline = IwinDiTPipeline | IwinDiTVideoPipeline
 Labels = Literal["balanced", "random"]
@@ -106,21 +103,25 @@ class SampledImages:
             raise ValueError(f"expected at most {MAX_COUNT} images, which have noise of their own, got {count}")
         self.pipe, self.count, self.sampling, self.about = pipe, count, sampling, dict(about)
         self.num_classes: int = pipe.transformer.config.num_classes
-        self.settings = _call_settings(pipe, sampling)
-        *frames, height, width = pipe.default_size
-        if sampling.frames is not None and not frames:
+        given: dict[str, Any] = {
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": sampling.guidance,
+            "guidance_interval": sampling.guidance_interval,
+            "guidance_channels": sampling.guidance_channels,
+        }
+        if isinstance(pipe, IwinDiTVideoPipeline):
+            given["num_frames"] = sampling.frames
+        elif sampling.frames is not None:
             raise ValueError(f"frames are for video pipelines alone, got {sampling.frames} for {type(pipe).__name__}")
-        self.image_size = [height, width]
-        self.frames: int | None = sampling.frames or next(iter(frames), None)
-        self.fps: float | None = pipe.config.fps if frames else None
+        self.image_size = list(pipe.default_size[-2:])
+        self.fps: float | None = pipe.config.get("fps")
         self.scheduler = build_scheduler(pipe, sampling.scheduler)
         self._vae = {"class": type(pipe.vae).__name__, "sha256": pipe.codec.fingerprint()}  # of the weights in `dtype`
         pipe.set_progress_bar_config(disable=True)
-        size = (height, width) if self.frames is None else (self.frames, height, width)
-        steps, scale, interval, channels = self.settings.values()
         with self._scheduler_in_use():
-            pipe.check_inputs(size, steps, None, scale, interval, channels, 1, "pt", ())
-            self._timesteps = pipe.set_timesteps(steps, None).tolist()
+            self.settings = pipe.call_settings(**given)
+            self._timesteps = pipe.set_timesteps(self.settings["num_inference_steps"], None).tolist()
+        self.frames: int | None = self.settings.pop("num_frames", None)
         sigmas = getattr(self.scheduler, "sigmas", None)  # DDPM and DDIM have none
         self._sigmas = None if sigmas is None else sigmas.tolist()
         self.name = describe(self.request())
@@ -244,21 +245,6 @@ def generator_seed(seed: int, index: int) -> int:
     return seed * MAX_COUNT + index
 
 
-def training_cut(pipe: IwinDiTVideoPipeline) -> tuple[float, int] | None:
-    """Find out how training cut the clips of a model, so that real ones are cut as those were.
-
-    Args:
-        pipe: Loaded from its folder.
-
-    Returns:
-        Frame rate at which videos were seen, and stride, as training recorded them beside the pipeline; None where
-        there is no such record.
-    """
-    path = Path(pipe.name_or_path or "") / EXPORT_RECORD
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    return (record["frame_rate"], record["frame_stride"]) if "frame_rate" in record else None
-
-
 def build_scheduler(pipe: Pipeline, name: str | None) -> SchedulerMixin:
     """Build a scheduler by name, set up for the pipeline's model.
 
@@ -320,16 +306,3 @@ def to_uint8(images: Tensor) -> Tensor:
     if not images.isfinite().all():
         raise FloatingPointError("the pipeline gave NaN or infinite pixels; a distance between them means nothing")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _call_settings(pipe: Pipeline, sampling: Sampling) -> dict[str, Any]:
-    """Arguments of the pipeline's call, its own defaults where none is given, so that what is recorded is what ran."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    given = {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "guidance_interval": sampling.guidance_interval,
-        "guidance_channels": sampling.guidance_channels,
-    }
-    defaults = {**{name: parameters[name].default for name in given}, "guidance_scale": pipe.default_guidance_scale}
-    return {name: defaults[name] if value is None else value for name, value in given.items()}

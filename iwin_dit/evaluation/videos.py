@@ -1,7 +1,6 @@
 """A folder of clips as a set that a metric can read, for the Frechet video distance.
 
-Owns which frames of a file count: its first ones, or those that training would take. Must not know how files are
-decoded or what is measured.
+Owns which files count. Must not know how they are cut and decoded, or what is measured.
 
 Letters: B batch, T frames, H W image axes.
 """
@@ -11,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.clips import ClipSettings, cut_video
+from ..data.clips import RATE_TOLERANCE, ClipSettings, cut_video
 from ..data.images import BrokenSampleError, centre_crop
-from ..data.videos import ClipFacts, decode_frames, frame_paths, list_clips, probe_clip
+from ..data.videos import ClipFacts, frame_paths, list_clips, probe_clip, read_frames
 from ..files import sha256
 from ..metrics.images import count_duplicates
 
@@ -30,62 +29,32 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4  # each decodes a clip of its own
 _LISTED = 5  # clips that a message names
-_SAME_RATE = 0.01  # by which two rates may differ and be called one: 23.976 is 24
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a clip is cut out of a file, one of each.
+    """What counts of a video.
 
     Attributes:
-        frames: T.
-        stride: Distance between frames that are taken; 1 takes every one.
-        frame_rate: Frames per second at which the file is seen before the stride: the clip is then the one that
-            training cuts with these settings (`data.clips.ClipSettings`), from the middle. None takes the file as it
-            is, whatever its rate, and its first frames.
+        clips: How a clip is cut out of it, by the rule of training: one, from the middle.
         resolution: Side R of ADM's centre crop, as training makes it; None leaves the frames as they are.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or there are several clips of a video.
     """
 
-    frames: int = 16
-    stride: int = 1
-    frame_rate: float | None = None
+    clips: ClipSettings = field(default_factory=lambda: ClipSettings(frames=16))
     resolution: int | None = None
 
     def __post_init__(self) -> None:
-        rate = 1.0 if self.frame_rate is None else self.frame_rate
-        if min(self.frames, self.stride, self.resolution or 1) < 1 or not 0 < rate < float("inf"):
+        if self.clips.clips_per_video != 1 or (self.resolution is not None and self.resolution < 1):
             raise ValueError(
-                "expected frames, stride and resolution of at least 1 and a frame rate above 0, got "
-                f"{self.frames}, {self.stride}, {self.resolution} and {self.frame_rate}"
+                "expected one clip of a video, and a resolution of at least 1, got "
+                f"{self.clips.clips_per_video} and {self.resolution}"
             )
 
     def __str__(self) -> str:
-        rate = "" if self.frame_rate is None else f" of {self.frame_rate:g} a second"
-        crop = "" if self.resolution is None else f", cropped to {self.resolution} x {self.resolution}"
-        return f"{self.frames} frames at stride {self.stride}{rate}{crop}"
-
-    def choose(self, path: Path, facts: ClipFacts) -> list[int]:
-        """Choose the frames of a file.
-
-        Args:
-            path: Names the file in messages.
-            facts: What it is.
-
-        Returns:
-            T frame numbers, ascending.
-
-        Raises:
-            BrokenSampleError: It is too short, or for a frame rate too slow or of a rate that varies.
-        """
-        if self.frame_rate is not None:
-            return cut_video(path, facts, ClipSettings(self.frames, self.frame_rate, self.stride))[0]
-        needed = (self.frames - 1) * self.stride + 1
-        if facts.frames < needed:
-            raise BrokenSampleError(f"{path} is too short: expected at least {needed} frames, got {facts.frames}")
-        return list(range(0, needed, self.stride))
+        return f"{self.clips}{'' if self.resolution is None else f', cropped to {self.resolution} x {self.resolution}'}"
 
 
 class VideoFiles:
@@ -97,8 +66,8 @@ class VideoFiles:
     Args:
         folder: Where to look.
         cut: Which frames count, and which part of them.
-        max_broken: How many clips may be left out, named in a warning and in the record, since they cannot be opened or
-            cut so. Of damage that only decoding shows, `read` raises.
+        max_broken: How many clips may be left out, named in a warning and in the record, since they are broken or
+            cannot be cut so. Where some may be, all are decoded at construction, once more than they are read.
 
     Attributes:
         paths: The clips, without those that are left out.
@@ -119,7 +88,7 @@ class VideoFiles:
 
     def __init__(self, folder: Path, cut: Cut | None = None, max_broken: int = 0) -> None:
         self.name, self.folder, self.cut = str(folder), folder, cut or Cut()
-        self.frames = self.cut.frames
+        self.frames = self.cut.clips.frames
         found = list_clips(folder)
         _check_formats(found)
         self._pool = ThreadPoolExecutor(THREADS)
@@ -170,7 +139,10 @@ class VideoFiles:
         def choose(path: Path) -> tuple[Path, ClipFacts, list[int]] | str:
             try:
                 facts = probe_clip(path)
-                return path, facts, self.cut.choose(path, facts)
+                (chosen,) = cut_video(path, facts, self.cut.clips)
+                if max_broken:  # else damage that only decoding shows ends an evaluation when much of it is done
+                    read_frames(path, chosen)
+                return path, facts, chosen
             except BrokenSampleError as error:
                 return str(error)
 
@@ -178,7 +150,7 @@ class VideoFiles:
         wrong = [result for result in results if isinstance(result, str)]
         if wrong:
             listed = "\n  ".join(wrong[:_LISTED] + ["..."] * (len(wrong) > _LISTED))
-            of_all = f"{len(wrong)} of {len(found)} cannot be cut so:\n  {listed}"
+            of_all = f"{len(wrong)} of {len(found)} cannot be used so:\n  {listed}"
             if len(wrong) > max_broken:
                 raise ValueError(
                     f"expected {self.cut} in every clip of {self.folder} (at most {max_broken} may be left out), but "
@@ -201,11 +173,11 @@ class VideoFiles:
         return next(iter(sizes))
 
     def _common_rate(self) -> float | None:
-        if self.cut.frame_rate is not None:
-            return self.cut.frame_rate / self.cut.stride
+        if self.cut.clips.fps is not None:
+            return self.cut.clips.fps
         if len(self._rates) < len(self.paths) or not same_rate(min(self._rates), max(self._rates)):
             return None
-        return self._rates[0] / self.cut.stride
+        return self._rates[0] / self.cut.clips.frame_stride
 
     def _identify(self) -> dict[str, Any]:
         digests = list(self._pool.map(_clip_sha256, self.paths))
@@ -215,8 +187,11 @@ class VideoFiles:
         return {
             "path": str(self.folder),
             "n": len(self),
-            **asdict(self.cut),
-            "start": "first frame" if self.cut.frame_rate is None else "middle, as training cuts a single clip",
+            "frames": self.frames,
+            "frame_stride": self.cut.clips.frame_stride,
+            "frame_rate": self.cut.clips.frame_rate,
+            "resolution": self.cut.resolution,
+            "place": "middle",
             "fps": self.fps,
             "frames_per_second": [min(self._rates), max(self._rates)] if self._rates else None,  # of those that say
             "image_size": list(self.size),
@@ -228,10 +203,8 @@ class VideoFiles:
 
     def _decode(self, index: int, clip: np.ndarray) -> None:
         """Decode one clip into its place in the batch, `(T, H, W, 3)`."""
-        path, chosen = self.paths[index], self._chosen[index]
-        decoded = list(decode_frames(path, chosen))
-        if len(decoded) < len(chosen):
-            raise ValueError(f"{path} ends before its frame {chosen[len(decoded)]} could be decoded")
+        path = self.paths[index]
+        decoded = read_frames(path, self._chosen[index])
         if self.cut.resolution is not None:
             decoded = [np.asarray(centre_crop(Image.fromarray(frame), self.cut.resolution)) for frame in decoded]
         if decoded[0].shape != clip.shape[1:]:
@@ -254,7 +227,7 @@ def _check_formats(paths: Sequence[Path]) -> None:
 
 def same_rate(first: float, second: float) -> bool:
     """Whether two frame rates are one, but for how it is written."""
-    return abs(first - second) <= _SAME_RATE * max(first, second)
+    return abs(first - second) <= RATE_TOLERANCE * max(first, second)
 
 
 def _clip_sha256(path: Path) -> str:

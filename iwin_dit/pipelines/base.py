@@ -259,6 +259,37 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
 
+    def call_settings(self, **given: Any) -> dict[str, Any]:
+        """Settle arguments of a call beforehand, so that what is recorded is what will run, and refuse what cannot.
+
+        Args:
+            given: Arguments of the sampler, sizes and `fps`, by their names in the call; None takes the default.
+
+        Returns:
+            The same names, each with its value.
+
+        Raises:
+            ValueError: As by `check_inputs`.
+        """
+        sizes = ("num_frames", "height", "width")[-self.rank :]
+        defaults = {name: parameter.default for name, parameter in inspect.signature(self.__call__).parameters.items()}
+        defaults |= {"guidance_scale": self.default_guidance_scale, "fps": self.config.get("fps")}
+        defaults |= zip(sizes, self.default_size, strict=True)
+        settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+        full = {**defaults, **settings}
+        self.check_inputs(
+            [full[name] for name in sizes],
+            full["num_inference_steps"],
+            full["sigmas"],
+            full["guidance_scale"],
+            full["guidance_interval"],
+            full["guidance_channels"],
+            num_per_label=1,
+            output_type="latent",
+            callback_on_step_end_tensor_inputs=(),
+        )
+        return settings
+
     def _check_size(self, size: Sequence[int]) -> None:
         for name, value, patch in zip(("height", "width"), size[-2:], self.transformer.patch_size[-2:], strict=True):
             multiple = self.stride * patch

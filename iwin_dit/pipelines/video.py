@@ -7,7 +7,7 @@ Letters: B batch, C latent channels, T frames, H W pixels, t h w latent frames a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,12 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         latents_mean: Per-channel mean of the stored latents, for a VAE class whose config has no such field.
         latents_std: Per-channel standard deviation, likewise.
         fps: Frames per second of the training clips, so that samples can be played at their speed.
+        frame_stride: The training clips' frames were every so manieth of videos seen at `fps * frame_stride`, so that
+            an evaluation can cut real clips alike.
 
     Raises:
         ValueError: If the model is one for images, the VAE has other latent channels than the transformer or gives no
-            latents of its size, the statistics do not fit it, or `fps` is not above 0.
+            latents of its size, the statistics do not fit it, `fps` is not above 0, or `frame_stride` is below 1.
     """
 
     rank = 3
@@ -70,10 +72,13 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         fps: float = 8.0,
+        frame_stride: int = 1,
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label, prediction_type, latents_mean, latents_std)
-        self.register_to_config(fps=_checked_rate(fps))
-        self.video_processor = VideoProcessor()
+        if not isinstance(frame_stride, Integral) or isinstance(frame_stride, bool) or frame_stride < 1:
+            raise ValueError(f"frame_stride must be a whole number of at least 1, got {frame_stride!r}")
+        self.register_to_config(fps=_checked_rate(fps), frame_stride=int(frame_stride))
+        self.video_processor: VideoProcessor = VideoProcessor()
 
     def __call__(
         self,

@@ -67,8 +67,8 @@ class DataConfig:
             extraction measures per channel.
         shard_size: Images per file, at most, and per unit of work of the extraction.
         encode_batch_size: Images per VAE call while encoding.
-        decode_threads: Threads that read and crop images while encoding.
-        max_broken_images: Broken images to skip, with a warning each, before giving up.
+        decode_threads: Threads that read and crop while encoding, an image or a video each.
+        max_broken: Broken images or videos to skip, with a warning each, before giving up.
         holdout: Images held out for validation: a count, a fraction below 1, or 0.
         split_seed: Decides which; the same for every run on these latents.
         shares: 1 where every node sees all files; K where process r of n reads share r // (n / K) alone, so that a node
@@ -100,7 +100,7 @@ class DataConfig:
     shard_size: int = 4096
     encode_batch_size: int = 64
     decode_threads: int = 4
-    max_broken_images: int = 0
+    max_broken: int = 0
     holdout: int | float = 300
     split_seed: int = 0
     shares: int = 1
@@ -208,7 +208,7 @@ class LogConfig:
         preview_classes: Classes in the grid, one row each; empty means the first ten.
         preview_columns: Images per class.
         preview_steps: Sampler steps.
-        preview_guidance_scale: Guidance scale; 1 turns guidance off, which model.class_dropout_prob 0 asks for.
+        preview_guidance_scale: Guidance scale; null takes the pipeline's own, 3, or 1 with model.class_dropout_prob 0.
         checkpoint_every: A checkpoint to resume from and the pipeline; 0 writes them at the last step alone.
         keep_last: How many checkpoints to keep, at least 1.
         keep_every: Checkpoints whose step this divides are kept besides; 0 keeps none.
@@ -223,7 +223,7 @@ class LogConfig:
     preview_classes: list[int] = field(default_factory=list)
     preview_columns: int = 8
     preview_steps: int = 50
-    preview_guidance_scale: float = 3.0
+    preview_guidance_scale: float | None = None
     checkpoint_every: int = 5000
     keep_last: int = 2
     keep_every: int = 0
@@ -250,8 +250,7 @@ class EvalConfig:
         inception_weights: File of its weights; null takes the cached ones.
         dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
         i3d: TorchScript file of I3D, for fvd.
-        max_broken_clips: For fvd: so many of the reference's videos may be unusable, and are left out. (With
-            data.max_broken_images, each counts once for every clip of it.)
+        max_broken: For fvd: so many of the reference's videos may be broken or too short, and are left out.
     """
 
     every: int = 0
@@ -266,7 +265,7 @@ class EvalConfig:
     inception_weights: str | None = None
     dinov2: str | None = None
     i3d: str | None = None
-    max_broken_clips: int = 0
+    max_broken: int = 0
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -394,10 +393,10 @@ class Config:
                 "reference` makes; for video 'moving_digits', or a folder of videos. Set eval.every to 0 to train "
                 "without evaluation"
             )
-        if self.eval.every and self.eval.max_broken_clips and names != ("fvd",):
+        if self.eval.every and self.eval.max_broken and names != ("fvd",):
             raise ValueError(
-                f"eval.max_broken_clips is for fvd, whose reference is a folder of videos, got "
-                f"{self.eval.max_broken_clips} with eval.metrics {self.eval.metrics!r}: leave it out"
+                f"eval.max_broken is for fvd, whose reference is a folder of videos, got "
+                f"{self.eval.max_broken} with eval.metrics {self.eval.metrics!r}: leave it out"
             )
 
     def _check_guidance(self) -> None:
@@ -409,7 +408,7 @@ class Config:
             ("eval", "guidance_scale", self.eval.every),
         ):
             scale = getattr(getattr(self, section), name)
-            if every and scale > 1:
+            if every and scale is not None and scale > 1:
                 raise ValueError(
                     f"{section}.{name} must be 1 where model.class_dropout_prob is 0, which leaves the null class "
                     f"that guidance needs untrained, got {scale}"
@@ -445,8 +444,7 @@ class Config:
     @property
     def fps(self) -> float | None:
         """Frames per second of the clips that are trained on; None of images."""
-        clips = self.data.clips
-        return None if clips is None else clips.frame_rate / clips.frame_stride
+        return None if self.data.clips is None else self.data.clips.fps
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain nested values, for JSON and YAML."""
@@ -497,9 +495,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0": (
         lambda value: 0 <= value < math.inf,
         (
-            *("data.max_broken_images", "data.holdout", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
+            *("data.max_broken", "data.holdout", "data.split_seed", "optim.warmup_images", "optim.weight_decay"),
             *("log.validate_every", "log.preview_every", "log.checkpoint_every", "log.keep_every"),
-            *("eval.every", "eval.max_broken_clips"),
+            *("eval.every", "eval.max_broken"),
         ),
     ),
     "above 0": (

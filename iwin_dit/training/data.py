@@ -199,7 +199,7 @@ def open_extraction(config: Config, model: IwinDiTCore, codec: LatentCodec) -> E
         vae_id=data.vae,
         source_settings=_source_settings(data),
         decode_threads=data.decode_threads,
-        max_broken=data.max_broken_images,
+        max_broken=data.max_broken,
     )
     differences = size_differences(extraction.encoder.latent_shape, len(source.class_names), **model_sizes(model))
     if differences:

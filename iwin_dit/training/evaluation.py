@@ -8,16 +8,17 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
+from ..data.clips import ClipSettings
 from ..data.codec import LatentCodec
 from ..evaluation import report
 from ..evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
 from ..evaluation.passes import together
 from ..evaluation.samples import SampledImages, Sampling
 from ..evaluation.suite import METRICS, reported_names
+from ..evaluation.videos import Cut
 from ..files import write_json
 from ..metrics.digits import IMAGE_SIZE
 from ..models.transformer import IwinDiTCore
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # What changes neither an image nor what it is compared with, and the reference, of which the content counts: values
 # compare whatever these are.
-NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "i3d", "reference", "max_broken_clips")
+NOT_COMPARED = ("every", "metrics", "batch_size", "inception_weights", "i3d", "reference", "max_broken")
 
 
 def open_evaluator(
@@ -161,11 +162,11 @@ def build_request(config: Config) -> Request:
     Raises:
         ValueError: As `Request`.
     """
-    settings, clips = config.eval, config.data.clips
-    cut: dict[str, Any] = {} if clips is None else {"frames": clips.frames, "stride": clips.frame_stride}
+    settings, clips, cut = config.eval, config.data.clips, Cut()
     if clips is not None and settings.metric_names == ("fvd",):
-        cut |= {"frame_rate": clips.frame_rate, "resolution": config.data.resolution}
-        cut["max_broken"] = settings.max_broken_clips
+        cut = Cut(dataclasses.replace(clips, clips_per_video=1), config.data.resolution)
+    elif clips is not None:
+        cut = Cut(ClipSettings(clips.frames, frame_stride=clips.frame_stride))
     return Request(
         metrics=settings.metric_names,
         reference=settings.reference,
@@ -173,8 +174,9 @@ def build_request(config: Config) -> Request:
         inception_weights=None if settings.inception_weights is None else Path(settings.inception_weights),
         dinov2=settings.dinov2,
         i3d=None if settings.i3d is None else Path(settings.i3d),
+        cut=cut,
         batch_size=settings.batch_size,
-        **cut,
+        max_broken=settings.max_broken,
     )
 
 

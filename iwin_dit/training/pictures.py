@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.clips import ClipSettings
 from ..data.codec import LatentCodec
 from ..models.transformer import IwinDiTCore
 from ..pipelines.base import IwinDiTPipelineBase
@@ -45,7 +44,7 @@ def build_pipeline(
     """Put a model, the VAE, the objective's sampler and the class names together.
 
     Args:
-        config: Names modality, objective and frame rate.
+        config: Names modality, objective, and how clips are cut.
         model: Trained or averaged.
         codec: Holds the VAE, and statistics of the data where these normalise the latents.
         class_names: By label.
@@ -61,7 +60,10 @@ def build_pipeline(
         "latents_mean": codec.given_statistics.get("latents_mean"),
         "latents_std": codec.given_statistics.get("latents_std"),
     }
-    pipeline = IwinDiTPipeline(**parts) if config.fps is None else IwinDiTVideoPipeline(**parts, fps=config.fps)
+    if config.fps is None:
+        pipeline: IwinDiTPipelineBase = IwinDiTPipeline(**parts)
+    else:
+        pipeline = IwinDiTVideoPipeline(**parts, fps=config.fps, frame_stride=config.data.frame_stride)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -137,23 +139,18 @@ def _sample_grid(
     return [image_grid(rows, labels)] if config.fps is None else clip_grid(rows, labels)
 
 
-def export(pipeline: IwinDiTPipelineBase, folder: Path, step: int, clips: ClipSettings | None = None) -> None:
+def export(pipeline: IwinDiTPipelineBase, folder: Path, step: int) -> None:
     """Write the pipeline folder, replacing the last one only when complete.
 
     Args:
         pipeline: What to write.
         folder: Where; its parent exists.
         step: Optimizer steps that the weights have seen, recorded beside them.
-        clips: How the clips that they have seen were cut, recorded as well, so that an evaluation can cut real ones
-            alike: the pipeline itself has their frames per second alone. None of images.
     """
-    record: dict[str, float] = {"step": step}
-    if clips is not None:
-        record |= {"frame_rate": clips.frame_rate, "frame_stride": clips.frame_stride}
     staging = folder.with_name(".pipeline.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     pipeline.save_pretrained(staging)
-    (staging / EXPORT_RECORD).write_text(json.dumps(record))
+    (staging / EXPORT_RECORD).write_text(json.dumps({"step": step}))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 

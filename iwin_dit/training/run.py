@@ -41,7 +41,7 @@ FREE_KEYS = {
     *("run", "overwrite", "dry_run", "resume", "data.vae", "data.latents"),
     *("train.compile", "train.gradient_checkpointing", "train.gradient_accumulation_steps", "train.micro_batch_size"),
     *("train.max_time", "train.timeout", "train.max_skipped_steps", "train.mixed_precision"),
-    *("data.num_workers", "data.encode_batch_size", "data.decode_threads", "data.max_broken_images"),
+    *("data.num_workers", "data.encode_batch_size", "data.decode_threads", "data.max_broken"),
     *("data.verify", "data.streaming"),
 }
 PACKAGES = ("torch", "numpy", "diffusers", "accelerate", "iwin-dit")  # of other versions, the numbers differ
