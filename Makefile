@@ -23,10 +23,11 @@ demo-video: .venv/installed
 	$(call train_sample_score,moving_digits,samples.gif)
 
 test: lint
-	$(BIN)/pytest -m "slow or not slow" --durations 10
+	$(BIN)/pytest -m "not demo" --numprocesses 2 --dist loadfile --durations 10
+	$(BIN)/pytest -m demo --durations 5
 
 fast: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

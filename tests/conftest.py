@@ -1,5 +1,6 @@
 """Fixtures that several files share: a digits VAE and latents, made once, untrained for the fast tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ from iwin_dit.training.data import open_codec, open_extraction
 from tests.tools import tiny_vae
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.yaml"
+
+
+def pytest_configure() -> None:
+    """Give each of several workers a core of its own, for all that it starts: teams of OpenMP threads that share cores
+    wait for each other, and what rounds otherwise on more threads rounds alike.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

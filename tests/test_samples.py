@@ -19,7 +19,7 @@ from iwin_dit.data.digits import MIN_PSNR, Digits
 from iwin_dit.data.sources import split_indices
 from tests.tools import fenced
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.demo]
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train": "train_dit.py", "sample": "sample.py", "evaluate": "evaluate_fid.py"}
