@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -48,7 +47,7 @@ COMMANDS = ("evaluate", "reference", "sweep")
 PROTOCOLS = ("adm", "pytorch-fid", "clean")
 DEFAULT_SAMPLES, FVD_CLIPS, DIGITS_SAMPLES, MOVING_DIGITS_CLIPS = 50_000, 2048, 500, 200
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 3  # the pipeline's, for --help, which has no time to import it
-DEFAULT_CLASSES = 1000
+DEFAULT_CLASSES, DEFAULT_BATCH = 1000, 50
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
 CLIPS = ("i3d", "frames", "frame_stride", "frame_rate", "resolution", "max_broken", "num_real")
 FILES = ("i3d", "frame_rate", "max_broken", "num_real")  # of them, what has a meaning for files alone
@@ -71,6 +70,11 @@ class Comparison:
     protocol: str
     cut: "Cut"
 
+    @property
+    def batch_size(self) -> int:
+        """Images or clips per process at a time where the command line does not say."""
+        return 8 if self.metrics == ("fvd",) else DEFAULT_BATCH
+
 
 @dataclass(frozen=True)
 class Made:
@@ -79,14 +83,16 @@ class Made:
     Attributes:
         clips: Whether they are clips; None before a model was asked, when all that is said is believed.
         size: (H, W) or (T, H, W) in pixels and frames; None before files were looked at.
-        frame_rate: At which a model's training saw videos; None of files.
-        frame_stride: Of a model's training.
+        sampled: Whether a model makes them.
+        frame_rate: At which a model's training saw videos; None of files, and where it is not known.
+        frame_stride: Of a model's training; None likewise.
     """
 
     clips: bool | None = None
     size: tuple[int, ...] | None = None
+    sampled: bool = False
     frame_rate: float | None = None
-    frame_stride: int = 1
+    frame_stride: int | None = None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -229,7 +235,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="resize and normalisation for Inception; default adm")
     parser.add_argument("--inception-weights", type=Path, help="file, where it is not in torch's cache")
     parser.add_argument("--dinov2", help="folder or Hub id of the network for fd_dinov2")
-    parser.add_argument("--batch-size", type=int, default=50, help="images or clips per process at a time; default 50")
+    parser.add_argument("--batch-size", type=int, help="per process at a time; default 50, of video files 8")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -264,7 +270,7 @@ def _check_reference(args: argparse.Namespace) -> None:
     if args.metrics is None:
         args.metrics = ("frechet_digits",) if args.source == "digits" else ("fid", "sfid")
     _check_networks(args, args.metrics)
-    args.protocol = args.protocol or "adm"
+    args.protocol, args.batch_size = args.protocol or "adm", args.batch_size or DEFAULT_BATCH
     unusual = {"fvd", "is", "moving_digits"} & set(args.metrics)
     if unusual:
         raise ValueError(f"no reference file is made for {', '.join(sorted(unusual))}")
@@ -317,7 +323,7 @@ def settle(args: argparse.Namespace, made: Made) -> Comparison:
     Raises:
         ValueError: What is said does not go together, or not with what is to be measured.
     """
-    from iwin_dit.evaluation.suite import METRICS, needs_reference, of_clips
+    from iwin_dit.evaluation.suite import METRICS, check_size, needs_reference, of_clips
 
     metrics = args.metrics or _default_metrics(args, made.clips)
     _check_networks(args, metrics)
@@ -337,7 +343,11 @@ def settle(args: argparse.Namespace, made: Made) -> Comparison:
             raise ValueError(f"--metrics {','.join(metrics)} needs a --reference")
         reference = built_in[needing[0]]
     if made.size is not None:
-        _check_size(args, metrics, made.size[-2:])
+        try:
+            check_size(metrics, made.size[-2:])
+        except ValueError as error:
+            taken = ": --reference is missing, without which images are taken for digits"
+            raise ValueError(f"{error}{taken if args.reference is None else ''}") from error
     return Comparison(metrics, reference, args.protocol or "adm", _cut(args, metrics, made))
 
 
@@ -346,15 +356,22 @@ def _cut(args: argparse.Namespace, metrics: tuple[str, ...], made: Made) -> "Cut
     from iwin_dit.data.clips import ClipSettings
     from iwin_dit.evaluation.videos import Cut
 
-    if metrics not in (("fvd",), ("moving_digits",)):
-        return Cut()
     *frames, height, width = made.size or (16, None, None)
-    rate, resolution = None, None
-    if metrics == ("fvd",):
-        rate = args.frame_rate or made.frame_rate
-        resolution = args.resolution or (height if height == width else None)
-    clips = ClipSettings(args.frames or frames[0], rate, args.frame_stride or made.frame_stride)
-    return Cut(clips, resolution)
+    if not frames:
+        return Cut()
+    rate, stride = args.frame_rate or made.frame_rate, args.frame_stride or made.frame_stride
+    if made.sampled and metrics == ("fvd",):
+        if rate is None:
+            raise ValueError(
+                f"{args.model} does not say how its training cut clips (frame_stride of the pipeline): give "
+                "--frame-rate, at which real videos are seen, and --frame-stride"
+            )
+        if height != width:
+            raise ValueError(
+                f"real clips are cropped to squares, got a model of {height} x {width} pixels: evaluate folders"
+            )
+    resolution = height if made.sampled else args.resolution
+    return Cut.of_real(metrics, ClipSettings(args.frames or frames[0], rate, stride or 1), resolution)
 
 
 def _default_metrics(args: argparse.Namespace, clips: bool | None) -> tuple[str, ...]:
@@ -379,19 +396,8 @@ def _check_networks(args: argparse.Namespace, metrics: tuple[str, ...]) -> None:
         _refuse(args, ("dinov2",), wording)
     if args.command != "reference" and "fvd" not in metrics:
         _refuse(args, FILES if metrics == ("moving_digits",) else CLIPS, wording)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
-
-
-def _check_size(args: argparse.Namespace, metrics: tuple[str, ...], size: Sequence[int]) -> None:
-    """Refuse images that the digits classifier does not take, before it is trained."""
-    from iwin_dit.metrics.digits import IMAGE_SIZE
-
-    metric = next((name for name in metrics if name in ("frechet_digits", "moving_digits")), None)
-    if metric is not None and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
-        taken = ": --reference is missing, without which images are taken for digits"
-        missing = taken if args.reference is None else ""
-        raise ValueError(f"{metric} takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}{missing}")
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], wording: str) -> None:
@@ -478,9 +484,9 @@ def open_evaluator(args: argparse.Namespace, comparison: Comparison, accelerator
         dinov2=args.dinov2,
         i3d=args.i3d,
         cut=comparison.cut,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or comparison.batch_size,
         max_broken=args.max_broken or 0,
-        real_count=args.num_real,
+        num_real=args.num_real,
     )
     return Evaluator(request, accelerator.device)
 
@@ -500,9 +506,8 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
     pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
-    made = Made(pipe.rank == 3, pipe.default_size)
-    if made.clips:
-        stride = pipe.config.frame_stride
+    made = Made(pipe.rank == 3, pipe.default_size, sampled=True)
+    if (stride := pipe.config.get("frame_stride")) is not None:
         made = replace(made, frame_rate=pipe.config.fps * stride, frame_stride=stride)
     return (pipe, about), settle(args, made)
 
@@ -608,7 +613,7 @@ def evaluate(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         if measurement is None:
             raise SystemExit(stop.exit_code or 1)  # the same command goes on
         if isinstance(images, KeptSamples):
-            images.finish(args.batch_size)
+            images.finish(args.batch_size or comparison.batch_size)
 
         # 3. Report, from one process; the numbers first, for a disk may be full.
         warn(accelerator, [warning for warning in report.warnings(measurement) if warning not in early])
@@ -683,7 +688,7 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     opened(accelerator, prepare)
     with used_alone(accelerator, [args.out / "sweep"]), StopRequest() as stop:
         # The first model says what all are measured by: one table, one comparison.
-        _, comparison = opened(accelerator, partial(open_pipeline, args.model[0], args, accelerator))
+        comparison = opened(accelerator, lambda: open_pipeline(args.model[0], args, accelerator)[1])
         evaluator = opened(accelerator, lambda: open_evaluator(args, comparison, accelerator))
         settled = {"metrics": comparison.metrics, "reference": comparison.reference}
 
@@ -691,8 +696,8 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
             found, needed = open_pipeline(model, argparse.Namespace(**{**vars(args), **settled}), accelerator)
             if needed != comparison:
                 raise ValueError(
-                    f"expected models to be measured alike, got {args.model[0]} by {comparison} and {model} by "
-                    f"{needed}: sweep them apart, or say --frames, --frame-stride and --frame-rate"
+                    f"expected models to be measured alike, got {args.model[0]} against clips of {comparison.cut} and "
+                    f"{model} of {needed.cut}: sweep them apart"
                 )
             return found
 

@@ -163,7 +163,7 @@ def test_folders_of_clips(workplace: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["metrics"]["fvd_6"]["value"] == pytest.approx(6 * 50**2, rel=1e-6)
     assert (result["generated"]["frames"], result["generated"]["frame_stride"]) == (2, 2)
     assert result["statistics"]["covariance"] == {"fvd": "over n"}
-    assert "fvd_6 (6 samples vs 6 real, fake): 15000" in capsys.readouterr().out
+    assert "fvd_6 (6 samples vs 6 real, 2 frames at stride 2, from the middle, fake): 15000" in capsys.readouterr().out
 
 
 def write_clip(folder: Path, greys: list[int], kind: str = "frames") -> None:
@@ -215,7 +215,7 @@ def test_a_seeded_choice_of_the_real_clips(workplace: Path, capsys: pytest.Captu
     assert (result["reference"]["n"], result["reference"]["chosen_from"]) == (5, 8)
     floor = result["metrics"]["fvd_8"]["floor"]
     assert (floor["n"], floor["against"]) == (2, 3)
-    assert "(8 samples vs 5 real, fake)" in capsys.readouterr().out
+    assert "(8 samples vs 5 real, 2 frames at stride 1, from the middle, fake)" in capsys.readouterr().out
     assert run(*command, out="all.json")["reference"]["n"] == 8
     with pytest.raises(ValueError, match="expected at least 9 clips to choose from in real, got 8"):
         run(*command, "--num-real", "9", out="more.json")
@@ -461,7 +461,7 @@ def test_what_is_not_said_is_settled(workplace: Path, arguments: str, settled: d
     ("arguments", "made", "metrics", "reference"),
     [
         ("--model a", evaluate_fid.Made(), ("frechet_digits",), "digits"),
-        ("--model a", evaluate_fid.Made(True, (4, 32, 32), 8.0), ("moving_digits",), "moving_digits"),
+        ("--model a", evaluate_fid.Made(True, (4, 32, 32), True, 8.0, 1), ("moving_digits",), "moving_digits"),
         ("evaluate --model a --reference r.npz", evaluate_fid.Made(False), ("fid",), "r.npz"),
         ("--model a --metrics is", evaluate_fid.Made(), ("is",), None),
         ("--videos a --reference b", evaluate_fid.Made(True), ("fvd",), "b"),
@@ -492,7 +492,7 @@ def test_real_clips_are_cut_as_the_models_but_for_what_is_said(
     workplace: Path, arguments: str, clips: ClipSettings, resolution: int
 ) -> None:
     model = "--model a --reference b --i3d c"
-    made = evaluate_fid.Made(True, (4, 32, 32), 12.5, 2)
+    made = evaluate_fid.Made(True, (4, 32, 32), True, 12.5, 2)
     args = evaluate_fid.parse_arguments(f"{model} {arguments}".split())
     assert evaluate_fid.settle(args, made).cut == Cut(clips, resolution)
     args = evaluate_fid.parse_arguments(["--model", "a", "--frames", "8", "--metrics", "moving_digits"])

@@ -41,11 +41,17 @@ MOVING_DIGITS = Path(evaluate_fid.__file__).parent / "configs" / "moving_digits.
 ABOUT = {"path": "runs/x", "weights": "ema", "weights_sha256": {"file": "0" * 64}, "step": 7}
 
 
-def video_pipeline(side: int = 32, fps: float = 8.0, **model: Any) -> IwinDiTVideoPipeline:
+def video_pipeline(
+    side: int = 32, fps: float = 8.0, frame_stride: int | None = 1, **model: Any
+) -> IwinDiTVideoPipeline:
     """Random weights, ten classes, 4 frames of 32 x 32."""
     model = {"sample_size": (FRAMES, side // 2, side // 2), "patch_size": (1, 4, 4), **model}
     return IwinDiTVideoPipeline(
-        tiny_video_model(**model), tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=2.0), fps=fps
+        tiny_video_model(**model),
+        tiny_vae(),
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+        fps=fps,
+        frame_stride=frame_stride,
     )
 
 
@@ -132,7 +138,7 @@ class Asked(LabelledClips):
     prefetch = False
 
     def __init__(self, clips: Tensor, labels: Sequence[int]) -> None:
-        super().__init__(clips, labels, stride=1, fps=8.0)
+        super().__init__(clips, labels, stride=1)
         self.asked: list[int] = []
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -319,10 +325,10 @@ def test_two_speeds_are_warned_of() -> None:
     reference = {"path": "r", "image_size": [32, 32], "protocol": None, "fps": 25.0}
     [warning] = early_warnings(reference, [32, 32], None, 8.0)
     assert warning.startswith("the reference's clips have 25 frames per second, the generated ones 8")
-    assert early_warnings(reference, [32, 32], None, 24.98) == early_warnings(reference, [32, 32], None) == []
-    every_second = moving_digits(ClipSettings(FRAMES, frame_stride=2))
-    assert every_second.fps == every_second.record()["fps"] == 4
-    assert evaluator().about_reference()["fps"] == 8
+    assert early_warnings(reference, [32, 32], None, 24.98) == []
+    [warning] = early_warnings(reference, [32, 32], None)
+    assert "25 frames per second, and the generated ones do not say what they have: --frame-rate" in warning
+    assert "fps" not in evaluator().about_reference()  # moving digits: their motion is per frame
 
 
 @pytest.mark.parametrize(
@@ -333,10 +339,10 @@ def test_two_speeds_are_warned_of() -> None:
             {"metrics": ("moving_digits",), "cut": Cut(ClipSettings(4, 8))},
             "a frame rate and a resolution are for the f",
         ),
-        ({"metrics": ("moving_digits",), "max_broken": 1}, "max_broken and real_count are for the files of fvd"),
-        ({"metrics": ("fid",), "real_count": 9}, "max_broken and real_count are for the files of fvd, got fid"),
-        ({"metrics": ("fvd",), "max_broken": -1}, "max_broken of at least 0 and a real_count of at least 2, got -1"),
-        ({"metrics": ("fvd",), "real_count": 1}, "a real_count of at least 2, got 0 and 1"),
+        ({"metrics": ("moving_digits",), "max_broken": 1}, "max_broken and num_real are for the files of fvd"),
+        ({"metrics": ("fid",), "num_real": 9}, "max_broken and num_real are for the files of fvd, got fid"),
+        ({"metrics": ("fvd",), "max_broken": -1}, "max_broken of at least 0 and a num_real of at least 2, got -1"),
+        ({"metrics": ("fvd",), "num_real": 1}, "a num_real of at least 2, got 0 and 1"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -356,7 +362,7 @@ def test_the_classifier_recognises_real_clips_and_tells_wrong_ones(
     found = measure(engine, real).values["digit_recognition"]
     assert found["value"] == found["floor"]["value"] == pytest.approx(record["held_out_accuracy"], abs=1e-3)
     assert min(found["by_class"]) > 0.9
-    wrong = LabelledClips(real.images, [(label + 1) % 10 for label in real.labels(range(300))], 1, 8.0)
+    wrong = LabelledClips(real.images, [(label + 1) % 10 for label in real.labels(range(300))], 1)
     assert measure(engine, wrong).values["digit_recognition"]["value"] < 0.01
     monkeypatch.setattr(networks, "train_motion_classifier", None)  # a second training would fail
     Evaluator(Request(("moving_digits",), "moving_digits"))
@@ -457,6 +463,7 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work(workplace: Path)
     video_pipeline().save_pretrained("video")
     video_pipeline(side=16).save_pretrained("small")
     video_pipeline(fps=4.0).save_pretrained("slow")
+    video_pipeline(frame_stride=None).save_pretrained("unknown")
     torch.jit.save(torch.jit.script(MeanOfFrames()), workplace / "i3d.pt")
     IwinDiTPipeline(tiny_model(), tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained("images")
     write_clips(workplace / "real", 2, (32, 32))
@@ -470,8 +477,15 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work(workplace: Path)
         ("--model small", "moving_digits takes images of 32 x 32, got 16 x 16"),
         ("--model images --frames 8", "--frames has no meaning with --metrics frechet_digits"),
         ("--model images --metrics moving_digits", "moving_digits is of clips, to measure are images: expected fid or"),
+        (
+            "--model unknown --reference real --i3d i3d.pt",
+            "unknown does not say how its training cut clips .*: give --f",
+        ),
         ("sweep --model video images --out sweep", "moving_digits is of clips, to measure are images"),
-        ("sweep --model video slow --reference real --i3d i3d.pt --out sweep", "alike, got video by .* and slow by .*"),
+        (
+            "sweep --model video slow --reference real --i3d i3d.pt --out sweep",
+            "alike, got video .* of 8 a second, .* and slow .* of 4",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import resource
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,7 +16,7 @@ from PIL import Image
 
 from iwin_dit.data.clips import ClipSettings, read_clips
 from iwin_dit.data.images import BrokenImageError, centre_crop
-from iwin_dit.data.videos import BrokenVideoError, ClipFacts, frame_paths, list_clips, probe_clip, read_frames
+from iwin_dit.data.videos import BrokenVideoError, ClipFacts, clip_files, frame_paths, probe_clip, read_frames
 from iwin_dit.data.videos import write_video as write_mp4
 from iwin_dit.evaluation.videos import Cut, VideoFiles
 from iwin_dit.files import sha256
@@ -269,7 +270,7 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     ]
     (tmp_path / "notes.txt").write_text("no clip")
     write_frames(tmp_path / ".cache", ramp(1))
-    assert list_clips(tmp_path) == paths
+    assert list(clip_files(tmp_path)[0]) == paths
     videos = VideoFiles(tmp_path, Cut(ClipSettings(4, frame_stride=2)))
     assert len(videos) == 4
     assert videos.size == (H, W)
@@ -292,13 +293,14 @@ def test_clips_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
         "frame_stride": 2,
         "frame_rate": None,
         "resolution": None,
-        "place": "middle",
+        "cut": "4 frames at stride 2, from the middle",
         "fps": None,
         "frames_per_second": [RATE, RATE],
         "image_size": [H, W],
         "stored_as": {".mkv": 3, "frames": 1},
         "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "duplicates": 0,
+        "ignored_files": 1,
         "broken": [],
     }
 
@@ -323,7 +325,7 @@ def test_links_are_followed_to_clips_and_hidden_folders_are_not_searched(tmp_pat
     write_frames(root / ".cache" / "2", ramp(3, 2))
     (root / "linked").symlink_to(elsewhere, target_is_directory=True)
     (elsewhere / "back").symlink_to(root, target_is_directory=True)
-    assert list_clips(root) == [root / "linked" / "0", root / "linked" / "1.mkv"]
+    assert list(clip_files(root)[0]) == [root / "linked" / "0", root / "linked" / "1.mkv"]
     assert len(VideoFiles(root, Cut(ClipSettings(3)))) == 2
 
 
@@ -402,6 +404,29 @@ def test_real_clips_that_cannot_be_used_are_left_out_up_to_a_limit(
     with pytest.raises(ValueError, match=r"expected at least 2 clips .* got 0, 2 left out"):
         (tmp_path / "b" / "2.mkv").unlink()
         VideoFiles(tmp_path / "b", Cut(ClipSettings(4, 8)), max_broken=2)
+
+
+def test_clips_that_break_in_the_middle_are_found_before_the_work_where_some_may_be_left_out(tmp_path: Path) -> None:
+    for i in range(4):
+        write_frames(tmp_path / str(i), ramp(6, i))
+    (tmp_path / "2" / "3.png").write_bytes(b"torn")
+    with pytest.raises(BrokenImageError, match=r"3\.png"):
+        VideoFiles(tmp_path, Cut(ClipSettings(4))).read(range(4))
+    videos = VideoFiles(tmp_path, Cut(ClipSettings(4)), max_broken=1)
+    assert (len(videos), videos.broken) == (3, ["2"])
+    assert videos.read(range(3)).shape == (3, 4, 3, H, W)
+
+
+def test_a_file_that_cannot_be_read_is_no_broken_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of a failing disk, or one more than may be open."""
+    path = write_video(tmp_path / "a.mkv", ramp(3))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            probe_clip(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("format_", ["gif", "MP4", "frames"])

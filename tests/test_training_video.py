@@ -509,7 +509,10 @@ def test_a_run_of_the_same_class_starts_where_the_other_ended(base, tmp_path):
         (["--model.activation_fn", "gelu-approximate"], "activation_fn"),
         (["--model.num_classes", "3"], r"num_classes(.|\n)*init_classes: fresh starts without the label embeddings"),
         (["--init_from", "nowhere"], "init_from 'nowhere': expected a run folder"),
-        (["--objective", "ddpm"], "prediction type is 'epsilon', which objective 'ddpm' trains, got 'flow_prediction'"),
+        (
+            ["--objective", "ddpm", "--flow_matching.logit_mean", "0"],
+            "prediction type is 'epsilon', which objective 'ddpm' trains, got 'flow_prediction'",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(extra, message, base, image_model, tmp_path):

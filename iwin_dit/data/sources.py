@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BUILT_IN = ("digits", "moving_digits")  # sources that are no files
+
 
 Picture = Image.Image | list[Image.Image]  # a sample: an image, or the T frames of a clip; RGB and upright
 

@@ -58,35 +58,19 @@ class ClipFacts:
     constant_rate: bool = True
 
 
-def list_clips(folder: Path) -> list[Path]:
+def clip_files(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
     """Find the clips below a folder: its video files, and the subfolders that directly hold frame images.
 
     Args:
         folder: Searched with its subfolders; what is hidden is left alone, links are followed.
 
     Returns:
-        Video files and folders of frames, in the order of their paths.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If images lie in `folder` itself, or beside video files: what would be their clip?
-    """
-    return list(clip_files(folder)[0])
-
-
-def clip_files(folder: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
-    """List the files below a folder by the clip that they belong to.
-
-    Args:
-        folder: As for `list_clips`.
-
-    Returns:
         The files of every clip, the clips in the order of their paths (a video file is its own only one), and the files
         that are named neither as videos nor as images.
 
     Raises:
-        FileNotFoundError: As by `list_clips`.
-        ValueError: As by `list_clips`.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If images lie in `folder` itself, or beside video files: what would be their clip?
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of clips, got {folder}, which is none")
@@ -296,6 +280,8 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
+        if isinstance(error, OSError | MemoryError):  # a failing disk is no reason to skip videos
+            raise
         raise BrokenVideoError(f"{path} cannot be decoded: {error.strerror}") from error
 
 

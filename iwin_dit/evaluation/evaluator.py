@@ -49,9 +49,9 @@ class Request:
         cut: How clips are cut out of the files of the reference; the generated ones have as many frames.
         batch_size: Images per process at a time.
         seed: Of KID's subsets, of the real images for KID, precision and recall where there are more than 10,000, of
-            the split that gives the floor, and of the choice of `real_count` clips.
+            the split that gives the floor, and of the choice of `num_real` clips.
         max_broken: Clips of fvd's reference that may be left out since they are broken or cannot be cut so.
-        real_count: So many clips of fvd's reference count, a choice by `seed`; None takes all.
+        num_real: So many clips of fvd's reference count, a choice by `seed`; None takes all.
 
     Raises:
         ValueError: The metrics don't exist or don't go together, or a number is out of range.
@@ -67,7 +67,7 @@ class Request:
     batch_size: int = 50
     seed: int = 0
     max_broken: int = 0
-    real_count: int | None = None
+    num_real: int | None = None
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, self.protocol)
@@ -82,13 +82,13 @@ class Request:
             raise ValueError(
                 f"a frame rate and a resolution are for the files of fvd, got {self.cut} for {', '.join(self.metrics)}"
             )
-        if self.max_broken < 0 or (self.real_count is not None and self.real_count < 2):
+        if self.max_broken < 0 or (self.num_real is not None and self.num_real < 2):
             raise ValueError(
-                "expected a max_broken of at least 0 and a real_count of at least 2, got "
-                f"{self.max_broken} and {self.real_count}"
+                "expected a max_broken of at least 0 and a num_real of at least 2, got "
+                f"{self.max_broken} and {self.num_real}"
             )
-        if (self.max_broken, self.real_count) != (0, None) and self.metrics != ("fvd",):
-            raise ValueError(f"max_broken and real_count are for the files of fvd, got {', '.join(self.metrics)}")
+        if (self.max_broken, self.num_real) != (0, None) and self.metrics != ("fvd",):
+            raise ValueError(f"max_broken and num_real are for the files of fvd, got {', '.join(self.metrics)}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Evaluator:
             seed=request.seed,
             cut=request.cut,
             max_broken=request.max_broken,
-            count=request.real_count,
+            count=request.num_real,
         )
 
     def request_for(self, images: ImageSet) -> dict[str, Any]:

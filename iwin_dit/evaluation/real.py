@@ -19,13 +19,13 @@ from torch import Tensor
 from ..data.clips import ClipSettings
 from ..data.digits import Digits
 from ..data.moving_digits import DEFAULT_CLIPS, MovingDigits
-from ..data.sources import keyed_permutation, split_indices
+from ..data.sources import BUILT_IN, keyed_permutation, split_indices
 from ..files import sha256
 from ..metrics.images import ImageSet, ImageTensor, open_images
 from ..metrics.moments import Gaussian
 from ..metrics.network import FeatureNetwork
 from ..metrics.npz import array_names, open_archive
-from ..metrics.processes import rank
+from ..metrics.processes import from_main, rank
 from ..metrics.reference import REFERENCE_KEYS, Reference, load_reference
 from .networks import HOLDOUT, SPLIT_SEED
 from .passes import run_pass, together
@@ -34,7 +34,6 @@ from .videos import Cut, VideoFiles
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN = ("digits", "moving_digits")  # references that are no file
 _KEPT_STREAM = 1  # of the seed: another draw than the split's
 
 
@@ -147,6 +146,8 @@ class RealSide:
         if self._prepared is not None and self._prepared[0] == n_fake:
             return True
         self._prepared = None  # that of another number goes before the memory is needed again
+        if isinstance(self.images, VideoFiles):
+            self._check_alike(self.images.broken)
         if self.images is None:
             self._prepared = (n_fake, self._from_statistics())
             return True
@@ -166,6 +167,19 @@ class RealSide:
         real = together(lambda: self._finish(sides, tables) if rank() == 0 else Real({}, {}, {}))
         self._prepared = (n_fake, real)
         return True
+
+    def _check_alike(self, broken: Sequence[str]) -> None:
+        """Refuse to go on where processes leave out other clips; a collective. Each has looked for them by itself."""
+        first = from_main(broken)
+
+        def check() -> None:
+            if broken != first:
+                raise ValueError(
+                    f"expected to leave {first or 'nothing'} out of {self.name} as the first process does, got "
+                    f"{broken or 'nothing'}: can every process read every file?"
+                )
+
+        together(check)
 
     @property
     def real(self) -> Real:
@@ -332,17 +346,14 @@ class LabelledClips(ImageTensor):
         clips: `(N, T, 3, H, W)` uint8.
         labels: Class of each, N of them.
         stride: Frames of the motion from one of a clip to the next.
-        fps: Frames per second that the clips stand for.
 
     Attributes:
         frames: T.
-        fps: As given.
     """
 
-    def __init__(self, clips: Tensor, labels: Sequence[int], stride: int, fps: float | None) -> None:
+    def __init__(self, clips: Tensor, labels: Sequence[int], stride: int) -> None:
         super().__init__(clips, "moving_digits")
         self.frames, self._labels, self._stride = clips.shape[1], labels, stride
-        self.fps = fps
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """Classes of some of the clips.
@@ -357,7 +368,7 @@ class LabelledClips(ImageTensor):
 
     def record(self) -> dict[str, Any]:
         """What identifies the set: pixels, labels and how it was made."""
-        motion = {"frames": self.frames, "frame_stride": self._stride, "fps": self.fps}
+        motion = {"frames": self.frames, "frame_stride": self._stride}  # their motion is per frame, at any rate
         return {**super().record(), **motion, "digits": "held out"}
 
 
@@ -374,7 +385,7 @@ def moving_digits(clips: ClipSettings) -> LabelledClips:
     source = MovingDigits(clips=settings)
     indices = split_indices(source.labels, HOLDOUT, SPLIT_SEED)[1].tolist()
     pixels = torch.stack([source[i] for i in indices])
-    return LabelledClips(pixels, [source.labels[i] for i in indices], settings.frame_stride, settings.fps)
+    return LabelledClips(pixels, [source.labels[i] for i in indices], settings.frame_stride)
 
 
 def _merge(first: Gaussian, n: int, second: Gaussian, m: int, ddof: int) -> Gaussian:

@@ -117,6 +117,11 @@ def early_warnings(
             f"the reference's clips have {real_fps:.4g} frames per second, the generated ones {fps:.4g}: motion is "
             "compared at two speeds"
         )
+    if fps is None and real_fps is not None:
+        found.append(
+            f"the reference's clips have {real_fps:.4g} frames per second, and the generated ones do not say what they "
+            "have: --frame-rate and --frame-stride see the reference at another rate"
+        )
     if ".gif" in stored_as:
         found.append(
             "there are GIFs among the generated clips, which have 256 colours, and of equal frames in a row only one: "
@@ -152,6 +157,7 @@ def _settings(measurement: Measurement, metric: str, name: str) -> str:
         path = str(measurement.record["reference"]["path"])
         known = [Path(path).name] * path.endswith(".npz")
         known += [] if measurement.n_real is None else [f"{measurement.n_real} real"]
+        known += [cut] if (cut := measurement.record["reference"].get("cut")) else []
         samples += f" vs {', '.join(known)}"
     return ", ".join([samples, *([f"protocol {protocol}"] if METRICS[metric].protocols else []), name])
 

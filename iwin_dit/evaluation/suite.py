@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..metrics.digits import IMAGE_SIZE
 from ..metrics.feature_table import FeatureTable
 from ..metrics.frechet import frechet_distance
 from ..metrics.inception_score import InceptionScore
@@ -142,6 +143,21 @@ def reported_names(metric: str, n_fake: int) -> tuple[str, ...]:
     names = _VALUES.get(metric, (metric,))
     plain = metric in _PLAIN or (metric != "fvd" and n_fake >= FULL_COUNT)
     return names if plain else tuple(f"{name}_{n_fake}" for name in names)
+
+
+def check_size(metrics: Sequence[str], size: Sequence[int]) -> None:
+    """Refuse images that a classifier of digits does not take, before it is trained.
+
+    Args:
+        metrics: Keys of `METRICS`.
+        size: Height and width of the images.
+
+    Raises:
+        ValueError: If a metric is of digits, and the size is another than theirs.
+    """
+    metric = next((name for name in metrics if name in ("frechet_digits", "moving_digits")), None)
+    if metric is not None and list(size) != [IMAGE_SIZE, IMAGE_SIZE]:
+        raise ValueError(f"{metric} takes images of {IMAGE_SIZE} x {IMAGE_SIZE}, got {size[0]} x {size[1]}")
 
 
 def shortfall(metric: str, reported: str, value: float) -> float:

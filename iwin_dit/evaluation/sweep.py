@@ -238,6 +238,7 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
         "samples": generated["n"],
         **({"frames": generated["frames"]} if "frames" in generated else {}),
         "reference": (result["reference"] or {"path": "none"})["path"],
+        **({"real clips": result["reference"]["cut"]} if "cut" in (result["reference"] or {}) else {}),
         "protocol": result["protocol"] or "none",
     }
 

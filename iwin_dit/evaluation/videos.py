@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.clips import RATE_TOLERANCE, ClipSettings, cut_video
 from ..data.images import BrokenSampleError, centre_crop
-from ..data.videos import ClipFacts, frame_paths, list_clips, probe_clip, read_frames
+from ..data.videos import ClipFacts, clip_files, frame_paths, probe_clip, read_frames
 from ..files import sha256
 from ..metrics.images import count_duplicates
+from ..metrics.processes import rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,24 @@ class Cut:
     def __str__(self) -> str:
         return f"{self.clips}{'' if self.resolution is None else f', cropped to {self.resolution} x {self.resolution}'}"
 
+    @classmethod
+    def of_real(cls, metrics: Sequence[str], clips: ClipSettings | None, resolution: int | None) -> "Cut":
+        """How real clips are cut: as those of a model, its training's, in so far as a metric's real clips have it.
+
+        Args:
+            metrics: Keys of `suite.METRICS`.
+            clips: Of the training, or of files; None of images.
+            resolution: Side of their frames.
+
+        Returns:
+            For fvd all of it, one clip of a video; for moving_digits, which are drawn, frames and stride alone.
+        """
+        if clips is None or tuple(metrics) not in (("fvd",), ("moving_digits",)):
+            return cls()
+        if tuple(metrics) == ("fvd",):
+            return cls(replace(clips, clips_per_video=1), resolution)
+        return cls(ClipSettings(clips.frames, frame_stride=clips.frame_stride))
+
 
 class VideoFiles:
     """The clips of a folder and its subfolders, in the order of their paths, all of one size: an `ImageSet` of clips.
@@ -71,6 +91,7 @@ class VideoFiles:
 
     Attributes:
         paths: The clips, without those that are left out.
+        broken: Paths in the folder of those that are.
         cut: As given.
         frames: T.
         size: Height and width, after the crop.
@@ -89,14 +110,21 @@ class VideoFiles:
     def __init__(self, folder: Path, cut: Cut | None = None, max_broken: int = 0) -> None:
         self.name, self.folder, self.cut = str(folder), folder, cut or Cut()
         self.frames = self.cut.clips.frames
-        found = list_clips(folder)
+        files, others = clip_files(folder)
+        found = list(files)
         _check_formats(found)
+        self._ignored = sum(path.suffix != ".json" for path in others)  # which `sample.py` writes beside its clips
+        if self._ignored:
+            kinds = ", ".join(sorted({path.suffix or path.name for path in others}))
+            logger.warning(
+                "%d files in %s are no clips, by their names, and left out (%s)", self._ignored, folder, kinds
+            )
         self._pool = ThreadPoolExecutor(THREADS)
         self.paths, facts, self._chosen = self._choose(found, max_broken)
         used = set(self.paths)
-        self._broken = [path.relative_to(folder).as_posix() for path in found if path not in used]
+        self.broken = [path.relative_to(folder).as_posix() for path in found if path not in used]
         if len(self.paths) < 2:
-            skipped = f", {len(self._broken)} left out" if self._broken else ""
+            skipped = f", {len(self.broken)} left out" if self.broken else ""
             raise ValueError(
                 f"expected at least 2 clips (video files or folders of frames) in {folder}, got {len(self.paths)}"
                 f"{skipped}"
@@ -146,7 +174,8 @@ class VideoFiles:
             except BrokenSampleError as error:
                 return str(error)
 
-        results = list(self._pool.map(choose, found))
+        looked = self._pool.map(choose, found)
+        results = list(tqdm(looked, "looking at clips", len(found), unit="clip", disable=rank() > 0, leave=False))
         wrong = [result for result in results if isinstance(result, str)]
         if wrong:
             listed = "\n  ".join(wrong[:_LISTED] + ["..."] * (len(wrong) > _LISTED))
@@ -191,14 +220,15 @@ class VideoFiles:
             "frame_stride": self.cut.clips.frame_stride,
             "frame_rate": self.cut.clips.frame_rate,
             "resolution": self.cut.resolution,
-            "place": "middle",
+            "cut": f"{self.cut}, from the middle",  # all of the above, in words
             "fps": self.fps,
             "frames_per_second": [min(self._rates), max(self._rates)] if self._rates else None,  # of those that say
             "image_size": list(self.size),
             "stored_as": dict(sorted(kinds.items())),  # compression artefacts change a distance
             "sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
             "duplicates": count_duplicates([digest.encode() for digest in digests], self.name),
-            "broken": self._broken,  # of which none is counted in what stands above
+            "ignored_files": self._ignored,
+            "broken": self.broken,  # of which none is counted in what stands above
         }
 
     def _decode(self, index: int, clip: np.ndarray) -> None:

@@ -52,7 +52,7 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         latents_std: Per-channel standard deviation, likewise.
         fps: Frames per second of the training clips, so that samples can be played at their speed.
         frame_stride: The training clips' frames were every so manieth of videos seen at `fps * frame_stride`, so that
-            an evaluation can cut real clips alike.
+            an evaluation can cut real clips alike. None where it is not known, nor whether `fps` is that of training.
 
     Raises:
         ValueError: If the model is one for images, the VAE has other latent channels than the transformer or gives no
@@ -72,12 +72,13 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         fps: float = 8.0,
-        frame_stride: int = 1,
+        frame_stride: int | None = None,
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label, prediction_type, latents_mean, latents_std)
-        if not isinstance(frame_stride, Integral) or isinstance(frame_stride, bool) or frame_stride < 1:
-            raise ValueError(f"frame_stride must be a whole number of at least 1, got {frame_stride!r}")
-        self.register_to_config(fps=_checked_rate(fps), frame_stride=int(frame_stride))
+        is_whole = isinstance(frame_stride, Integral) and not isinstance(frame_stride, bool)
+        if frame_stride is not None and (not is_whole or frame_stride < 1):
+            raise ValueError(f"frame_stride must be a whole number of at least 1, or None, got {frame_stride!r}")
+        self.register_to_config(fps=_checked_rate(fps), frame_stride=frame_stride)
         self.video_processor: VideoProcessor = VideoProcessor()
 
     def __call__(
@@ -154,6 +155,21 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
             callback_on_step_end_tensor_inputs,
         )
         return IwinDiTVideoPipelineOutput(frames=frames, fps=fps) if return_dict else (frames,)
+
+    def call_settings(self, **given: Any) -> dict[str, Any]:
+        """As of images, with a check of `fps`.
+
+        Args:
+            given: Arguments of the sampler, sizes and `fps`, by their names in the call; None takes the default.
+
+        Returns:
+            The same names, each with its value.
+
+        Raises:
+            ValueError: As by `check_inputs`, or for an `fps` that is not above 0.
+        """
+        settings = super().call_settings(**given)
+        return settings | {name: _checked_rate(settings[name]) for name in ("fps",) if name in settings}
 
     def _check_size(self, size: Sequence[int]) -> None:
         super()._check_size(size)

@@ -251,6 +251,7 @@ class EvalConfig:
         dinov2: Folder or Hub id of DINOv2, for fd_dinov2; null takes the Hub's ViT-L/14.
         i3d: TorchScript file of I3D, for fvd.
         max_broken: For fvd: so many of the reference's videos may be broken or too short, and are left out.
+        num_real: For fvd: so many of the others count, a seeded choice; null takes all.
     """
 
     every: int = 0
@@ -266,6 +267,7 @@ class EvalConfig:
     dinov2: str | None = None
     i3d: str | None = None
     max_broken: int = 0
+    num_real: int | None = None
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -393,11 +395,12 @@ class Config:
                 "reference` makes; for video 'moving_digits', or a folder of videos. Set eval.every to 0 to train "
                 "without evaluation"
             )
-        if self.eval.every and self.eval.max_broken and names != ("fvd",):
-            raise ValueError(
-                f"eval.max_broken is for fvd, whose reference is a folder of videos, got "
-                f"{self.eval.max_broken} with eval.metrics {self.eval.metrics!r}: leave it out"
-            )
+        for name in ("max_broken", "num_real"):
+            if self.eval.every and getattr(self.eval, name) and names != ("fvd",):
+                raise ValueError(
+                    f"eval.{name} is for fvd, whose reference is a folder of videos, got {getattr(self.eval, name)} "
+                    f"with eval.metrics {self.eval.metrics!r}: leave it out"
+                )
 
     def _check_guidance(self) -> None:
         """Raise a ValueError where samples would be guided by a null class that is never trained."""
@@ -472,7 +475,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: 1 <= value <= 1e15,
         ("train.images", "train.ema_halflife_images", "log.validation_samples"),
     ),
-    "from 2 to 2**20": (lambda value: 2 <= value <= MAX_COUNT, ("eval.num_samples",)),  # a covariance needs two
+    "from 2 to 2**20": (
+        lambda value: 2 <= value <= MAX_COUNT,
+        ("eval.num_samples", "eval.num_real"),
+    ),  # a covariance needs two
     "from 1 to 10**6": (
         lambda value: 1 <= value <= 1e6,
         (

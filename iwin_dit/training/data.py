@@ -16,12 +16,10 @@ from ..data.facts import check_made_from
 from ..data.latents import LatentDataset, LatentStore, check_fits, size_differences
 from ..data.manifest import MANIFEST, Manifest
 from ..data.prepare import ModelSizes, make_digits_vae, open_vae
-from ..data.sources import open_source, read_class_names
+from ..data.sources import BUILT_IN, open_source, read_class_names
 from ..models.transformer import IwinDiTCore
 from .batches import ImageSteps
 from .config import Config, DataConfig
-
-BUILT_IN = ("digits", "moving_digits")  # sources whose VAE is trained where it is missing
 
 
 def open_data(

@@ -11,16 +11,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..data.clips import ClipSettings
 from ..data.codec import LatentCodec
 from ..evaluation import report
 from ..evaluation.evaluator import EvaluationError, Evaluator, Measurement, Request
 from ..evaluation.passes import together
 from ..evaluation.samples import SampledImages, Sampling
-from ..evaluation.suite import METRICS, reported_names
+from ..evaluation.suite import METRICS, check_size, reported_names
 from ..evaluation.videos import Cut
 from ..files import write_json
-from ..metrics.digits import IMAGE_SIZE
 from ..models.transformer import IwinDiTCore
 from .best import SCORE, Score, record_path
 from .config import Config
@@ -60,12 +58,10 @@ def open_evaluator(
     """
     if not config.eval.every:
         return None
-    small = [name for name in config.eval.metric_names if name in ("frechet_digits", "moving_digits")]
-    if small and config.data.resolution != IMAGE_SIZE:
-        raise ValueError(
-            f"{small[0]} is of images of {IMAGE_SIZE} pixels, and data.resolution is {config.data.resolution}: "
-            "give other --eval.metrics. Without evaluation: --eval.every 0"
-        )
+    try:
+        check_size(config.eval.metric_names, (config.data.resolution,) * 2)
+    except ValueError as error:
+        raise ValueError(f"data.resolution: {error}; give other --eval.metrics, or --eval.every 0") from error
 
     def opened() -> Evaluator:
         with _refusing():
@@ -162,11 +158,7 @@ def build_request(config: Config) -> Request:
     Raises:
         ValueError: As `Request`.
     """
-    settings, clips, cut = config.eval, config.data.clips, Cut()
-    if clips is not None and settings.metric_names == ("fvd",):
-        cut = Cut(dataclasses.replace(clips, clips_per_video=1), config.data.resolution)
-    elif clips is not None:
-        cut = Cut(ClipSettings(clips.frames, frame_stride=clips.frame_stride))
+    settings = config.eval
     return Request(
         metrics=settings.metric_names,
         reference=settings.reference,
@@ -174,9 +166,10 @@ def build_request(config: Config) -> Request:
         inception_weights=None if settings.inception_weights is None else Path(settings.inception_weights),
         dinov2=settings.dinov2,
         i3d=None if settings.i3d is None else Path(settings.i3d),
-        cut=cut,
+        cut=Cut.of_real(settings.metric_names, config.data.clips, config.data.resolution),
         batch_size=settings.batch_size,
         max_broken=settings.max_broken,
+        num_real=settings.num_real,
     )
 
 
