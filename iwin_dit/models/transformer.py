@@ -31,6 +31,10 @@ from ..nn import (
 from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
 
+# The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
+# tokens, (B, H, W, C), to an order with H innermost (docs/performance.md).
+COMPILE_OPTIONS = {"layout_optimization": False}
+
 Size = int | tuple[int, ...]
 Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
 SingleFrame = Literal["refuse", "repeat"]
@@ -210,6 +214,17 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         for layer in zero_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the repeated block as any diffusers model does, but with `COMPILE_OPTIONS` unless told otherwise.
+
+        Args:
+            args: As for `torch.nn.Module.compile`.
+            kwargs: Likewise; `options`, `mode` or a `backend` of your own replaces ours.
+        """
+        if not kwargs.keys() & {"options", "mode", "backend"}:
+            kwargs["options"] = dict(COMPILE_OPTIONS)
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @property
     def null_class(self) -> int:
