@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from iwin_dit.nn import blocks
 from iwin_dit.training.config import parse_config
-from iwin_dit.training.runtime import check_launch, make_accelerator, resolve_with_launcher, split_batch
+from iwin_dit.training.runtime import (
+    MALLOC_SWITCHES,
+    check_launch,
+    keeps_freed_memory,
+    make_accelerator,
+    resolve_with_launcher,
+    split_batch,
+)
 from iwin_dit.training.stop import StopRequest, ignore_stop_signals
 
 ROOT = Path(__file__).parents[1]
@@ -214,3 +224,37 @@ def test_workers_end_with_the_stop_request_when_an_error_keeps_their_loader():
         raise ValueError("mine")
     assert error.traceback
     assert not worker.is_alive()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_unless_its_switches_say_otherwise(monkeypatch):
+    for name in MALLOC_SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    assert keeps_freed_memory()
+    for name in MALLOC_SWITCHES:
+        monkeypatch.setenv(name, "131072")
+        assert not keeps_freed_memory()
+        monkeypatch.delenv(name)
+
+
+FETCH = """
+import resource, torch
+from iwin_dit.training.runtime import keep_freed_memory
+keep_freed_memory()
+torch.zeros(2**24).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_kept_memory_is_not_fetched_from_the_system_again(kept):
+    """Page faults of the second use of 64 MiB, 16,384 small pages, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_SWITCHES}
+    environment |= {} if kept else {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-W", "ignore", "-c", FETCH]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (int(done.stdout) < 16) == kept  # a system with huge pages takes 32

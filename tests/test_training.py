@@ -422,6 +422,14 @@ def test_a_weights_and_biases_run_without_network(data, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_dry_run_says_what_makes_it_fast(compiled):
+    config = parse_config(["--config", DIGITS, "--train.compile", str(compiled).lower()])
+    (line,) = (line for line in describe(config, samples_per_pass=1).splitlines() if line.startswith("speed"))
+    assert ("{'layout_optimization': False}" in line) == compiled
+    assert "MALLOC_TRIM_THRESHOLD_" in line or "given back" in line
+
+
 def test_a_dry_run_trains_nothing(tmp_path, caplog):
     caplog.set_level("INFO")
     train("--run", str(tmp_path / "run"), "--dry-run")

@@ -1,6 +1,8 @@
 """What the launcher and the machine decide: processes, precision, accumulation, threads."""
 
+import ctypes
 import os
+import platform
 import shlex
 import sys
 from datetime import timedelta
@@ -13,6 +15,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from .config import Config
 
 FSDP2 = "FSDP2 shards model and optimizer (accelerate launch --config_file configs/accelerate/fsdp2.yaml)"
+# glibc's own, in the environment; what they say is somebody's choice.
+MALLOC_SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # What the launcher passes in the environment and this trainer cannot do exactly, and what to use instead.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed keeps optimizer state that no checkpoint of ours can hold: {FSDP2}",
@@ -88,6 +93,7 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     return accelerator
 
 
@@ -156,6 +162,23 @@ def use_all_cores() -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_processes = get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], 1)
         torch.set_num_threads(max(1, cores // local_processes))
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` has an effect here: with glibc, unless one of `MALLOC_SWITCHES` is set."""
+    return platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in MALLOC_SWITCHES)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step instead of giving it back to the system.
+
+    Activations are freed in every backward pass, and large ones are mapped anew in every step, with a page fault per 4
+    KiB (docs/performance.md). A choice made in the C library's own switches, `MALLOC_SWITCHES`, is kept.
+    """
+    if keeps_freed_memory():
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # smaller pieces come from the heap, where they can be kept
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # so much may lie there unused
 
 
 def split_batch(

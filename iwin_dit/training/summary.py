@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.transformer import IwinDiTCore
+from ..models.transformer import COMPILE_OPTIONS, IwinDiTCore
 from .config import Config
+from .runtime import MALLOC_SWITCHES, keeps_freed_memory
 
 STATE_BYTES = 20  # per parameter in float32: weight 4, gradient 4, Adam moments 8, average 4
 
@@ -37,11 +38,19 @@ def describe(config: Config, samples_per_pass: int) -> str:
             f"tokens       {math.prod(model.base_grid)} per {sample}, grid {model.base_grid}",
             *(f"exchange     {exchange}" for exchange in model.global_exchange()),
             f"arithmetic   {flops / 2e9:.3f} GMACs per {sample}, forward ('Gflops' in DiT's tables)",
+            f"speed        {_speed(config)}",
             f"memory       {parameters * STATE_BYTES / gib:.2f} GiB for weights, gradients, Adam and average",
             f"             {activations * samples_per_pass / gib:.2f} GiB for the activations of {samples_per_pass} "
             f"{sample}s per pass, in float32; about half in bf16",
         ]
     )
+
+
+def _speed(config: Config) -> str:
+    """What makes a step faster and changes no number, and what switches it off."""
+    blocks = f"blocks compiled, {COMPILE_OPTIONS}" if config.train.compile else "blocks not compiled (train.compile)"
+    kept = f"kept on a CPU ({' or '.join(MALLOC_SWITCHES)})" if keeps_freed_memory() else "given back"
+    return f"{blocks}; freed memory {kept}"
 
 
 def _measure(model: IwinDiTCore, forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
