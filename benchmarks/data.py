@@ -1,6 +1,4 @@
-"""How fast stored latents are read in random order from a warm page cache, and what memory that takes.
-
-    python -m benchmarks.data [--posterior mean_std] [--out FILE.json]
+"""Suite `data`: how fast stored latents are read in random order from a warm page cache, and what memory that takes.
 
 The set is synthetic, 4 x 32 x 32 float16 as of a 256-pixel image and an f8d4 VAE, and in the real format.
 `read` is `LatentDataset.get` alone, `training` a whole batch with noise, times and label draws (`MicroBatches`).
@@ -13,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,62 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.block import positive
-from benchmarks.measure import WARM_UP, describe_machine, quartiles, time_interleaved
+from benchmarks.goals import Result, as_dicts
+from benchmarks.measure import WARM_UP, quartiles, time_interleaved
+from benchmarks.options import positive
 from iwin_dit.data.extract import write_labels, write_shard
 from iwin_dit.data.latents import LatentDataset, LatentStore, positions_to_indices
 from iwin_dit.data.manifest import FORMAT_VERSION, Manifest, Posterior, stored_shape
-from iwin_dit.files import write_json
 from iwin_dit.training.batches import MicroBatches
 
 LATENT_SHAPE = (4, 32, 32)
 CLASSES = 1000
 WORKERS = (0, 2)
+
+
+def add_options(parser: argparse.ArgumentParser, suite: str, device: str) -> None:  # noqa: ARG001  (those of a Suite)
+    """Add the suite's options."""
+    parser.add_argument("--items", type=positive, default=1_000_000, help="latents, 8 KiB each (mean_std: 16)")
+    parser.add_argument("--posterior", choices=("mean", "mean_std"), default="mean")
+    parser.add_argument("--batch", type=positive, default=256, help="latents per batch")
+    parser.add_argument("--batches", type=positive, default=80, help="per round")
+    parser.add_argument("--reads", type=positive, default=1_000_000, help="latents to read while memory is watched")
+    parser.set_defaults(repeats=9)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Check what was asked for.
+
+    Args:
+        arguments: Parsed.
+
+    Raises:
+        ValueError: Where memory cannot be read, or for a device other than the CPU.
+    """
+    if sys.platform != "linux":
+        raise ValueError("memory is read from /proc, which only Linux has")
+    if arguments.device != "cpu":
+        raise ValueError(f"--suite data is of the CPU alone, got --device {arguments.device}")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the latents, and read them in every way.
+
+    Args:
+        arguments: As prepared.
+
+    Returns:
+        `results` for the goals, `rows` by way of reading, `anonymous_memory`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        write_synthetic(Path(name), arguments.items, arguments.posterior)
+        print(f"{arguments.items:,} latents written, which leaves them in the page cache", file=sys.stderr)
+        data = LatentDataset(LatentStore(Path(name), verify=False), np.arange(arguments.items))
+        memory = measure_memory(data, arguments.batch, arguments.reads)  # warms up the rest
+        rows = measure_speed(data, arguments.batch, arguments.batches, arguments.repeats)
+    low, median, high = (speed / 1000 for speed in rows[0]["latents_per_second"])
+    result = Result("latents read, 1000/s", "in the loop", (low, median, high))
+    return {"results": as_dicts([result]), "rows": rows, "anonymous_memory": memory}
 
 
 class Reads(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -50,7 +93,13 @@ class Reads(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.data.get(positions_to_indices(positions, len(self.data), seed=0))
 
 
-def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", shard_size: int = 4096) -> None:
+def write_synthetic(
+    folder: Path,
+    items: int,
+    posterior: Posterior = "mean",
+    shard_size: int = 4096,
+    shape: tuple[int, ...] = LATENT_SHAPE,
+) -> None:
     """Write a folder of random latents; all shards hold the same ones, each in its own file.
 
     Args:
@@ -58,10 +107,11 @@ def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", sha
         items: Images to stand for.
         posterior: What of the posterior is stored.
         shard_size: Images per file.
+        shape: Of a latent, (C, h, w).
     """
     generator = torch.Generator().manual_seed(0)
-    shape = stored_shape(LATENT_SHAPE, posterior, flips=False)
-    latents = torch.randn(min(items, shard_size), *shape, generator=generator).half()
+    stored = stored_shape(shape, posterior, flips=False)
+    latents = torch.randn(min(items, shard_size), *stored, generator=generator).half()
     labels = torch.arange(items) % CLASSES
     shards = tuple(
         write_shard(folder / f"{number:05d}-000.safetensors", latents[: len(part)], part.clone())
@@ -75,7 +125,7 @@ def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", sha
         class_names=tuple(map(str, range(CLASSES))),
         class_counts=tuple(labels.bincount(minlength=CLASSES).tolist()),
         resolution=256,
-        latent_shape=LATENT_SHAPE,
+        latent_shape=shape,
         dtype="float16",
         posterior=posterior,
         flips=False,
@@ -83,8 +133,8 @@ def write_synthetic(folder: Path, items: int, posterior: Posterior = "mean", sha
         vae_id="none",
         vae_sha256="none",
         vae_config_sha256="none",
-        latents_mean=(0.0,) * LATENT_SHAPE[0],
-        latents_std=(1.0,) * LATENT_SHAPE[0],
+        latents_mean=(0.0,) * shape[0],
+        latents_std=(1.0,) * shape[0],
         shards=shards,
         labels_sha256=write_labels(folder, labels),
         broken=(),
@@ -156,7 +206,7 @@ def measure_memory(data: LatentDataset, batch: int, reads: int) -> dict[str, int
     return {"reads": reads // batch * batch, "first": first, "highest": highest, "last": last}
 
 
-def table(record: dict[str, Any]) -> str:
+def tables(record: dict[str, Any]) -> str:
     """Format a record for the terminal and for Markdown."""
     lines = ["| what | workers | latents/s (quartiles) |", "|---|---:|---:|"]
     for row in record["rows"]:
@@ -169,47 +219,3 @@ def table(record: dict[str, Any]) -> str:
         f"Anonymous memory over {memory['reads']:,} reads: {first:.1f} MiB, {highest:.1f} at most, {last:.1f}.",
     ]
     return "\n".join(lines)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description="Time the reading of latents.")
-    parser.add_argument("--items", type=positive, default=1_000_000, help="latents, 8 KiB each (mean_std: 16)")
-    parser.add_argument("--posterior", choices=("mean", "mean_std"), default="mean")
-    parser.add_argument("--batch", type=positive, default=256, help="latents per batch")
-    parser.add_argument("--batches", type=positive, default=80, help="per round")
-    parser.add_argument("--repeats", type=positive, default=9, help="rounds that are counted")
-    parser.add_argument("--reads", type=positive, default=1_000_000, help="latents to read while memory is watched")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the main process")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if sys.platform != "linux":
-        parser.error("memory is read from /proc, which only Linux has")
-    torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as name:
-        machine = describe_machine(torch.device("cpu"))
-        write_synthetic(Path(name), arguments.items, arguments.posterior)
-        print(f"{arguments.items:,} latents written, which leaves them in the page cache", file=sys.stderr)
-        data = LatentDataset(LatentStore(Path(name), verify=False), np.arange(arguments.items))
-        memory = measure_memory(data, arguments.batch, arguments.reads)  # warms up the rest
-        rows = measure_speed(data, arguments.batch, arguments.batches, arguments.repeats)
-    record = {
-        "machine": machine,
-        "settings": {k: v for k, v in vars(arguments).items() if k != "out"},
-        "command": " ".join(["python -m benchmarks.data", *(sys.argv[1:] if argv is None else argv)]),
-        "rows": rows,
-        "anonymous_memory": memory,
-    }
-    print(table(record))
-    if arguments.out is not None:
-        write_json(arguments.out, record)
-
-
-if __name__ == "__main__":
-    main()

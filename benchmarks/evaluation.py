@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.block import positive
 from benchmarks.measure import Step, check_device, describe_machine, quartiles, time_interleaved
+from benchmarks.options import positive
 from benchmarks.seeded_inception import open_inception
 from iwin_dit.evaluation.evaluator import Evaluator, Request
 from iwin_dit.evaluation.partial import Partial

@@ -7,9 +7,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from iwin_dit.metrics.result import environment
 
 Step = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 WARM_UP = 2  # rounds; the first compiles where that is asked for
 
 
@@ -27,7 +28,7 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
         parser.error("--device cuda: torch finds no CUDA device here, leave it out to measure on the CPU")
 
 
-def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
+def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: int) -> dict[Name, list[float]]:
     """Time every step once per round, so that a machine that slows down slows all of them.
 
     Args:
@@ -38,7 +39,7 @@ def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: i
     Returns:
         Seconds per step, one number per round, in the order of the rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(WARM_UP + repeats):
         for name, step in steps.items():
             _wait(device)
@@ -49,12 +50,18 @@ def time_interleaved(steps: Mapping[str, Step], device: torch.device, repeats: i
     return {name: values[WARM_UP:] for name, values in seconds.items()}
 
 
-def quartiles(values: list[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the first quartile, the median and the third quartile."""
-    return [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return low, median, high
 
 
-def peak_memory(steps: Mapping[str, Step], device: torch.device) -> dict[str, int]:
+def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of first / second, round by round, so that what slows a whole round cancels."""
+    return quartiles([a / b for a, b in zip(first, second, strict=True)])
+
+
+def peak_memory(steps: Mapping[Name, Step], device: torch.device) -> dict[Name, int]:
     """Measure how far each step raises the memory held in tensors above what was held when it began.
 
     On CUDA this is torch's own peak counter. On a CPU it is the running sum of every allocation and release that
@@ -72,7 +79,7 @@ def peak_memory(steps: Mapping[str, Step], device: torch.device) -> dict[str, in
         return {name: _cuda_peak(step, device) for name, step in steps.items()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for name, step in steps.items():
-            with record_function(name):
+            with record_function(f"peak memory of {name}"):
                 step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -81,7 +88,45 @@ def peak_memory(steps: Mapping[str, Step], device: torch.device) -> dict[str, in
     events.sort(key=lambda event: event.get("ts", 0))
     spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation"}
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
-    return {name: _highest(size for ts, size in changes if spans[name][0] <= ts <= spans[name][1]) for name in steps}
+    peaks = {}
+    for name in steps:
+        start, end = spans[f"peak memory of {name}"]
+        peaks[name] = _highest(size for ts, size in changes if start <= ts <= end)
+    return peaks
+
+
+# What an operator of a training step is for, by what its name holds; the first that fits.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet", "cutlass"),
+    "attention": ("attention", "flash", "fmha"),
+    "convolution": ("conv",),
+    "optimizer, clipping, average": ("adam", "_foreach", "lerp"),
+    "fused elementwise": ("cpp_fused", "triton", "CompiledFxGraph"),
+    "copies": ("copy", "cat", "contiguous", "clone", "Memcpy"),
+}
+OTHER = "elementwise and the rest"
+
+
+def by_operator(step: Step, device: torch.device) -> dict[str, float]:
+    """Profile a step once and add up its operators' own time by kind.
+
+    Args:
+        step: What to profile; it should have run before.
+        device: Where it runs; on a GPU, the time is that of its kernels.
+
+    Returns:
+        Milliseconds by kind, those of `KINDS` and `OTHER`.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities) as profiler:
+        step()
+        _wait(device)
+    spent = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), OTHER)
+        spent[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+    return spent
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

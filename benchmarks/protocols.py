@@ -22,8 +22,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.block import positive
 from benchmarks.measure import check_device
+from benchmarks.options import positive
 from benchmarks.seeded_inception import open_inception
 from iwin_dit.files import write_json
 from iwin_dit.metrics.frechet import frechet_distance

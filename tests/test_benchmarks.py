@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import block, data, evaluation, protocols, published
-from benchmarks.measure import peak_memory, quartiles, time_interleaved
+from benchmarks import block, evaluation, goals, page, protocols, published, run, sample, sides
+from benchmarks.goals import Goal, Result, by_axes, setting_of
+from benchmarks.measure import by_operator, peak_memory, quartiles, ratio, time_interleaved
+from benchmarks.modes import build_modes, check_modes
 from iwin_dit.nn import IwinAttention
 from iwin_dit.nn.windows import per_axis
 from tests.tools import relative_error
 
 CPU = torch.device("cpu")
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-TINY = ["--width", "16", "--heads", "2", "--batch-tokens", "64", "--repeats", "2", "--threads", "1"]
-IMAGE = block.Shape(grid=(8, 8), width=16, heads=2, kernel=(3, 3))
-CLIP = block.Shape(grid=(4, 4, 4), width=16, heads=2, kernel=(2, 3, 3))
+DOCS = Path(__file__).parents[1] / "docs"
+IMAGE = sides.Shape(grid=(8, 8), width=16, heads=2, kernel=(3, 3))
+CLIP = sides.Shape(grid=(4, 4, 4), width=16, heads=2, kernel=(2, 3, 3))
 WINDOWS = {IMAGE: [(2, 2), (4, 4)], CLIP: [(2, 2, 2), (2, 4, 1)]}
 
 
@@ -31,29 +32,29 @@ def shape(request):
 
 
 @pytest.fixture
-def sides(shape):
+def modules(shape):
     torch.manual_seed(0)
-    return block.build_sides(shape, WINDOWS[shape])
+    return sides.build_sides(shape, WINDOWS[shape])
 
 
 @pytest.fixture
 def inputs(shape):
     torch.manual_seed(1)
-    return block.random_inputs(shape, batch=2, device=CPU, dtype=torch.float32)
+    return sides.random_inputs(shape, batch=2, device=CPU, dtype=torch.float32)
 
 
-def test_sides_agree(shape, sides, inputs):
-    errors = block.check_agreement(sides, inputs)
+def test_sides_agree(shape, modules, inputs):
+    errors = sides.check_agreement(modules, inputs)
     names = {IMAGE: {"iwin 2x2", "iwin 4x4"}, CLIP: {"iwin 2x2x2", "iwin 2x4x1", "spatial", "temporal"}}
     assert set(errors) == {*names[shape], "global"}
     assert max(errors.values()) < 1e-5
 
 
-def test_the_straightforward_attention_is_dense_attention_under_a_mask(shape, sides, inputs):
+def test_the_straightforward_attention_is_dense_attention_under_a_mask(shape, modules, inputs):
     """Lemma 1: token i attends to token j if and only if i = j (mod G) on every axis."""
     i = torch.cartesian_prod(*map(torch.arange, shape.grid))  # (|S|, rank)
     heads = (shape.heads, shape.width // shape.heads)
-    for name, side in sides.items():
+    for name, side in modules.items():
         if not isinstance(attn := side.attn, IwinAttention) or name == "floor":
             continue
         window = per_axis(attn.window_size, len(shape.grid), "window")
@@ -63,61 +64,63 @@ def test_the_straightforward_attention_is_dense_attention_under_a_mask(shape, si
         q, k, v = (f(x).unflatten(-1, heads).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
         dense = F.scaled_dot_product_attention(attn.norm_q(q), attn.norm_k(k), v, attn_mask=mask)
         dense = attn.to_out(dense.transpose(1, 2).flatten(2)).view_as(inputs[0])
-        assert relative_error(block.FourCopyAttention(attn)(inputs[0]), dense) < 1e-5, name
+        assert relative_error(sides.FourCopyAttention(attn)(inputs[0]), dense) < 1e-5, name
 
 
 def test_the_factorised_blocks_attend_within_a_frame_and_at_one_place():
     torch.manual_seed(0)
-    blocks = block.build_sides(CLIP, [])
+    blocks = sides.build_sides(CLIP, [])
     x = torch.randn(1, *CLIP.grid, CLIP.width, requires_grad=True)
     for name, reached in (("spatial", (0, 1)), ("temporal", (0, slice(None), 2, 3))):
         seen = torch.autograd.grad(blocks[name].attn(x)[0, 1, 2, 3].sum(), x)[0].any(-1)  # (B, T, H, W)
         assert seen.sum() == seen[reached].sum() == seen[reached].numel()
 
 
-def test_windows_matter(sides, inputs):
+def test_windows_matter(modules, inputs):
     """The agreement above is none of branches that cancel: sides of different windows do differ."""
-    outputs = [side(*inputs[:2]) for name, side in sides.items() if "four-copy" not in name]
+    outputs = [side(*inputs[:2]) for name, side in modules.items() if "four-copy" not in name]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
             assert (a - b).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("branch", ["attn", "conv"])
-def test_disagreement_is_loud(sides, inputs, branch):
-    sides["global"].get_submodule(branch).register_forward_hook(lambda module, given, output: 1.1 * output)
+def test_disagreement_is_loud(modules, inputs, branch):
+    modules["global"].get_submodule(branch).register_forward_hook(lambda module, given, output: 1.1 * output)
     with pytest.raises(RuntimeError, match="'global' and its straightforward twin must agree"):
-        block.check_agreement(sides, inputs)
+        sides.check_agreement(modules, inputs)
 
 
-def test_neighbours_instead_of_interleaved_disagree(shape, sides, inputs):
-    name = f"iwin {block.by_axes(WINDOWS[shape][0])}"
-    sides[name].attn.interleaved = False
+def test_neighbours_instead_of_interleaved_disagree(shape, modules, inputs):
+    name = f"iwin {by_axes(WINDOWS[shape][0])}"
+    modules[name].attn.interleaved = False
     with pytest.raises(RuntimeError, match=name):
-        block.check_agreement(sides, inputs)
+        sides.check_agreement(modules, inputs)
 
 
-def test_the_floor_maps_tokens_on_their_own_and_trains_every_layer(shape, sides, inputs):
+def test_the_floor_maps_tokens_on_their_own_and_trains_every_layer(shape, modules, inputs):
     x, conditioning, _ = inputs
     place = (0, 3, 2, 1)[: len(shape.grid) + 1]
-    seen = torch.autograd.grad(sides["floor"](x, conditioning)[place].sum(), x)[0].any(-1)
+    seen = torch.autograd.grad(modules["floor"](x, conditioning)[place].sum(), x)[0].any(-1)
     assert seen.nonzero().tolist() == [list(place)]
-    assert all(gradient.any() for gradient in block.gradients(sides["floor"], inputs))
+    assert all(gradient.any() for gradient in sides.forward_backward(modules["floor"], inputs)[1:])
 
 
-def test_the_linear_layers_are_those_of_the_floor(sides, inputs):
-    linear = block.LinearLayers(sides["global"])
-    assert all(gradient.any() for gradient in block.gradients(linear, [inputs[0], inputs[2]]))
-    modulation = sum(p.numel() for p in sides["global"].modulation.parameters())
-    of_the_block = sum(p.numel() for m in sides["global"].modules() if isinstance(m, nn.Linear) for p in m.parameters())
+def test_the_linear_layers_are_those_of_the_floor(modules, inputs):
+    linear = sides.LinearLayers(modules["global"])
+    assert all(gradient.any() for gradient in sides.forward_backward(linear, [inputs[0], inputs[2]]))
+    modulation = sum(p.numel() for p in modules["global"].modulation.parameters())
+    of_the_block = sum(
+        p.numel() for m in modules["global"].modules() if isinstance(m, nn.Linear) for p in m.parameters()
+    )
     assert sum(p.numel() for p in linear.parameters()) == of_the_block - modulation
 
 
-def test_torch_convolves_alike_with_and_without_copies(shape, sides, inputs):
-    conv = sides["global"].conv
-    expected = block.gradients(conv, [inputs[0], inputs[2]])
+def test_torch_convolves_alike_with_and_without_copies(shape, modules, inputs):
+    conv = modules["global"].conv
+    expected = sides.forward_backward(conv, [inputs[0], inputs[2]])
     for copies in (True, False):
-        ours = block.gradients(block.TorchConv(conv, copies), [inputs[0], inputs[2]])
+        ours = sides.forward_backward(sides.TorchConv(conv, copies), [inputs[0], inputs[2]])
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
 
 
@@ -146,9 +149,9 @@ def test_the_mean_of_two_blocks():
 
 
 def test_windows_measured():
-    squares = [block.windows_for(block.Shape((side, side), 16, 2, (3, 3))) for side in (8, 16, 32, 64)]
+    squares = [sides.windows_for(sides.Shape((side, side), 16, 2, (3, 3))) for side in (8, 16, 32, 64)]
     assert squares == [[(8, 8), (4, 4)], [(8, 8)], [(8, 8), (16, 16)], [(16, 16), (32, 32)]]
-    clips = [block.windows_for(block.Shape(grid, 16, 2, block.VIDEO.kernel)) for grid in block.VIDEO.grids]
+    clips = [sides.windows_for(sides.Shape(grid, 16, 2, goals.KERNELS[3])) for grid in block.GRIDS["video", "cpu"]]
     assert clips == [[(8, 8, 8), (4, 8, 8)], [(8, 8, 8)], [(8, 8, 8), (8, 16, 16)]]
 
 
@@ -168,36 +171,46 @@ def test_rounds_are_interleaved_and_warm_up_is_not_counted():
     seconds = time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=3)
     assert "".join(order) == "ab" * 5
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
-    assert quartiles([3.0, 1.0, 2.0]) == [1.5, 2.0, 2.5]
+    assert quartiles([3.0, 1.0, 2.0]) == (1.5, 2.0, 2.5)
 
 
-def test_command(tmp_path, capsys):
-    out = tmp_path / "run.json"
-    threads = torch.get_num_threads()
-    block.main([*TINY, "--grids", "8x8", "--out", str(out)])
+def measured(tmp_path, capsys, *arguments):
+    """Run the command; return its record, after checking what each suite writes and prints."""
+    out, threads = tmp_path / "run.json", torch.get_num_threads()
+    run.main([*arguments, "--threads", "1", "--out", str(out)])
     torch.set_num_threads(threads)
     record = json.loads(out.read_text())
     assert {"device", "threads", "commit", "packages", "load_average_before"} <= set(record["machine"])
+    assert all(low <= median <= high for low, median, high in (row["value"] for row in record["results"]))
+    tables = f"{run.SUITES[record['suite']].tables(record)}\n\n{run.goals_of(record)}"
+    assert capsys.readouterr().out.strip() == tables
+    asked = {goal.what for goal in goals.GOALS if goal.suite == record["suite"]}
+    found = {row["what"] for row in record["results"]}
+    assert found <= asked  # or the table would leave it out
+    if "compiled" in record["settings"].get("modes", ["compiled"]):
+        assert found == asked
+    return record
+
+
+TINY = ["--width", "16", "--heads", "2", "--batch-tokens", "64", "--repeats", "2", "--modes", "eager"]
+
+
+def test_block_command(tmp_path, capsys):
+    record = measured(tmp_path, capsys, "--suite", "block", *TINY, "--grids", "8x8")
     assert record["settings"]["grids"] == [[8, 8]]
-    assert [row["global_exchange"]["window"] for row in record["rows"]] == [[8, 8], [4, 4]]
+    assert [row["setting"]["window"] for row in record["rows"]] == [[8, 8], [4, 4]]
     for row in record["rows"]:
         assert row["batch"] == 1
         assert set(row["sides"]) == {"iwin", "four-copy", "global", "floor"}
         assert set(row["ratios"]) == {"four-copy / iwin", "global / iwin", "iwin / floor"}
-        low, median, high = row["ratios"]["iwin / floor"]["time"]
-        assert 0 < low <= median <= high
+        assert row["ratios"]["iwin / floor"]["time"][0] > 0
         assert row["ratios"]["four-copy / iwin"]["macs"] == 1
-    assert capsys.readouterr().out.strip() == block.table(record["rows"])
 
 
 def test_video_command(tmp_path, capsys):
-    out = tmp_path / "run.json"
-    threads = torch.get_num_threads()
-    block.main([*TINY, "--video", "--grids", "8x4x4", "--out", str(out)])
-    torch.set_num_threads(threads)
-    record = json.loads(out.read_text())
+    record = measured(tmp_path, capsys, "--suite", "video", *TINY, "--grids", "8x4x4")
     assert record["settings"]["kernel"] == [2, 3, 3]
-    assert [row["global_exchange"]["window"] for row in record["rows"]] == [[8, 4, 4], [4, 2, 2]]
+    assert [row["setting"]["window"] for row in record["rows"]] == [[8, 4, 4], [4, 2, 2]]
     for row in record["rows"]:
         assert row["batch"] == 1  # a sample larger than --batch-tokens is a batch of its own
         assert set(row["sides"]) == {"iwin", "global", "spatial", "temporal", "factorised", "floor"}
@@ -210,43 +223,140 @@ def test_video_command(tmp_path, capsys):
     for row in record["convolution"]:
         assert set(row["share_of_linear"]) == {"taps", "conv3d", "conv3d with copies"}
         assert min(min(share) for share in row["share_of_linear"].values()) > 0
-    assert capsys.readouterr().out.strip() == block.tables(record)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--grids", "16x0"], "positive integer, got 0"),
-        (["--grids", "16x16x16"], "of 2 axes without --video, got 16x16x16, 3x3"),
-        (["--video", "--kernel", "3x3"], "of 3 axes with --video"),
-        (["--grids", "12x12"], "must divide the grid, got window 8x8 for 12x12 tokens"),
-        (["--grids", "16x16", "--batch-tokens", "300"], "multiple of the 256 tokens of 16x16, or fewer, got 300"),
-        (["--repeats", "0"], "positive integer, got 0"),
-        (["--dtype", "float16"], "invalid choice"),
-    ],
-)
-def test_mistaken_commands(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        block.main(arguments)
-    assert message in capsys.readouterr().err
+def test_model_command(tmp_path, capsys):
+    record = measured(tmp_path, capsys, "--suite", "model", *TINY, "--grids", "8x8", "--layers", "2")
+    assert [row["setting"]["window"] for row in record["rows"]] == [[8, 8], [4, 4]]
+    assert all(row["difference_from_twin"] < 1e-4 for row in record["rows"])
+    assert record["rows"][0]["memory_over_global"] == pytest.approx(1, abs=0.05)  # one window is the whole grid
+
+
+def test_train_command(tmp_path, capsys):
+    batch = ["--batch-tokens", "512", "--layers", "1"]
+    record = measured(tmp_path, capsys, "--suite", "train", *TINY, *batch)
+    assert [row["step"] for row in record["rows"]] == [
+        *("bare, eager", "whole, eager", "DiT, eager", "matrix product"),
+    ]
+    assert set(record["profile"]) == {"eager"}
+    assert all(record["profile"]["eager"][kind] > 0 for kind in ("matrix products", "attention", "convolution"))
+
+
+def test_sample_command(tmp_path, capsys):
+    sizes = ["--width", "16", "--heads", "2", "--layers", "1", "--images", "1", "--steps", "3", "--repeats", "1"]
+    record = measured(tmp_path, capsys, "--suite", "sample", *sizes, "--modes", "eager")
+    assert [(row["mode"], row["side"]) for row in record["rows"]] == [("eager", "interval"), ("eager", "both")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the memory of this process")
 def test_data_command(tmp_path, capsys):
-    out, threads = tmp_path / "run.json", torch.get_num_threads()
-    sizes = ["--items", "64", "--batch", "4", "--batches", "2", "--repeats", "1", "--reads", "500", "--threads", "1"]
-    data.main([*sizes, "--posterior", "mean_std", "--out", str(out)])
-    torch.set_num_threads(threads)
-    record = json.loads(out.read_text())
+    sizes = ["--items", "64", "--batch", "4", "--batches", "2", "--repeats", "1", "--reads", "500"]
+    record = measured(tmp_path, capsys, "--suite", "data", *sizes, "--posterior", "mean_std")
     assert [(row["what"], row["workers"]) for row in record["rows"]] == [
         *(("read", 0), ("read", 2), ("training", 0), ("training", 2)),
     ]
     assert all(row["latents_per_second"][0] > 0 for row in record["rows"])
     assert record["anonymous_memory"]["reads"] == 500
-    assert capsys.readouterr().out.strip() == data.table(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "block", "--grids", "16x0"], "positive integer, got 0"),
+        (["--suite", "block", "--grids", "16x16x16"], "of 2 axes for --suite block, got 16x16x16, 3x3"),
+        (["--suite", "video", "--kernel", "3x3"], "of 3 axes for --suite video"),
+        (["--suite", "model", "--grids", "12x12"], "must divide the grid, got window 8x8 for 12x12 tokens"),
+        (["--suite", "block", "--batch-tokens", "300"], "multiple of the 256 tokens of 16x16, or fewer, got 300"),
+        (["--suite", "train", "--batch-tokens", "300"], "multiple of 256, got 300"),
+        (["--suite", "block", "--repeats", "0"], "positive integer, got 0"),
+        (["--suite", "block", "--dtype", "float16"], "invalid choice"),
+        (["--suite", "block", "--layers", "2"], "unrecognized arguments: --layers 2"),
+        (["--suite", "data", "--device", "cuda"], "of the CPU alone, got --device cuda"),
+        (["--suite", "speed"], "invalid choice: 'speed'"),
+        ([], "--suite"),
+    ],
+)
+def test_mistaken_commands(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        data.main(["--items", "0"])
-    assert "--items: expected a positive integer, got 0" in capsys.readouterr().err
+        run.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# --- modes, profile, goals
+
+
+@pytest.mark.slow
+def test_compiled_copies_agree_with_the_eager_modules(modules, inputs):
+    torch.compiler.reset()
+    built = build_modes(modules, ["eager", "compiled"], torch.float32)
+    assert all(built["eager", name] is module for name, module in modules.items())
+    check_modes(modules, built, inputs)
+    with torch.no_grad():
+        for parameter in modules["global"].attn.parameters():
+            parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="'global' compiled and eager must agree"):
+        check_modes(modules, built, inputs)
+
+
+def test_operators_by_kind():
+    linear, x = nn.Linear(64, 64), torch.randn(64, 64)
+    spent = by_operator(lambda: linear(x).exp(), CPU)
+    assert spent["matrix products"] > 0
+    assert spent["attention"] == spent["convolution"] == 0
+
+
+def test_ratios_are_taken_round_by_round():
+    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (1.5, 2.0, 2.5)
+
+
+def test_goals_are_met_or_not_or_not_measured():
+    goal = Goal("block", "Iwin block / its floor", "at most", 1.10, 1.15, (16, 16), (8, 8))
+    assert goal in goals.GOALS
+
+    def verdicts(*values: float, device: str = "cpu") -> list[str]:
+        found = [Result(goal.what, "eager", (value,) * 3, goal.setting) for value in values]
+        table = goals.goals_table(device, {"block": {"results": goals.as_dicts(found)}}, suites=["block"])
+        return [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]]
+
+    assert verdicts() == ["not measured"] * 3
+    assert verdicts(1.10, 1.11) == ["met", "**not met**", "not measured", "not measured"]
+    assert verdicts(1.12, 1.16, device="cuda")[:2] == ["met", "**not met**"]
+
+
+def test_other_settings_of_a_goal_are_listed_without_one():
+    result = Result("Iwin block / its floor", "eager", (1.5,) * 3, setting_of((64, 64), (32, 32), (3, 3)))
+    record = {"results": goals.as_dicts([result])}
+    table = goals.goals_table("cpu", {"block": json.loads(json.dumps(record))}, suites=["block"])
+    assert "| 64x64 | 32x32 (auto) | 3x3 | yes | eager | - | 1.50 | no goal |" in table
+
+
+def test_every_goal_is_measured_in_its_setting():
+    """The defaults of its suite include the grid, and the window is the first of those measured there."""
+    for goal in goals.GOALS:
+        assert goal.suite in run.SUITES
+        for device in goals.DEVICES:
+            if goal.grid is None or goal.on(device) is None:
+                continue
+            arguments = run.parse_arguments(["--suite", goal.suite, "--device", device])
+            assert goal.grid in [tuple(grid) for grid in getattr(arguments, "grids", [(16, 16)])]
+            assert goal.window == sides.windows_for(sides.Shape(goal.grid, 16, 2, goals.KERNELS[len(goal.grid)]))[0]
+
+
+def test_both_halves_are_thrown_away_outside_the_interval():
+    """What the interval is timed against computes the same: guided and unguided steps, one of each here."""
+    shape = sides.Shape((8, 8), 16, 2, (3, 3))
+    torch.manual_seed(0)
+    transformer = sides.iwin_model(shape, 1, 4).eval()
+    latents, _, labels, _ = sides.model_inputs(shape, 2, CPU, torch.float32)
+    pipelines = [
+        kind(transformer, None, sample.FlowMatchEulerDiscreteScheduler()) for kind in sample.PIPELINES.values()
+    ]
+    with torch.no_grad():
+        for timestep, guided in ((500.0, True), (900.0, False)):
+            ours, theirs = (p.predict(latents, torch.tensor(timestep), labels, 4.0, (0.2, 0.7)) for p in pipelines)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+            plain = pipelines[0].predict(latents, torch.tensor(timestep), labels)
+            assert torch.allclose(ours, plain, atol=1e-4) != guided
 
 
 @pytest.mark.slow
@@ -306,21 +416,25 @@ def test_published_numbers_are_met_or_not():
 
 def test_the_pages_show_the_stored_runs():
     """Commands on the pages parse, and their tables are those of the JSON files beside the benchmarks."""
-    docs, results = PAGE.parent, PAGE.parents[1] / "benchmarks" / "results"
-    modules = {"block": block, "evaluation": evaluation, "protocols": protocols}
-    pages = {name: (docs / name).read_text() for name in ("performance.md", "evaluation.md")}
+    modules = {"evaluation": evaluation, "protocols": protocols}
+    pages = {name: (DOCS / name).read_text() for name in ("performance.md", "evaluation.md")}
     commands = [
         found
         for text in pages.values()
         for found in re.findall(r"^python -m benchmarks\.(\w+)(.*)$", text.replace("\\\n", ""), re.MULTILINE)
     ]
-    assert modules.keys() <= {name for name, _ in commands}
+    assert {"run", *modules} <= {name for name, _ in commands}
     for name, arguments in commands:
-        if name in modules:
-            modules[name].build_parser().parse_args(shlex.split(arguments, comments=True))
-    for name in ("cpu-2cores.json", "cpu-2cores-compiled.json", "cpu-2cores-video.json"):
-        record = json.loads((results / name).read_text())
-        assert block.tables(record) in pages["performance.md"], name
-    stored = json.loads((results / "evaluation-cpu-2cores.json").read_text())
+        words = shlex.split(arguments, comments=True)
+        if name == "run":
+            run.parse_arguments(words)
+        elif name in modules:
+            modules[name].build_parser().parse_args(words)
+    records = {device: page.stored_records(device) for device in goals.DEVICES}
+    assert page.render(pages["performance.md"], records) == pages["performance.md"]
+    for device, suites in records.items():
+        for suite in suites:
+            assert f"<!-- {suite}-{device}.json -->" in pages["performance.md"]
+    stored = json.loads((page.RESULTS / "evaluation-cpu-2cores.json").read_text())
     assert evaluation.tables(stored) in pages["evaluation.md"]
-    assert protocols.table(json.loads((results / "protocols.json").read_text())["rows"]) in pages["evaluation.md"]
+    assert protocols.table(json.loads((page.RESULTS / "protocols.json").read_text())["rows"]) in pages["evaluation.md"]

@@ -1,0 +1,66 @@
+"""The same modules eager and compiled, checked against each other; knows nothing of what they compute."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.sides import TOLERANCE, forward_backward, require_agreement
+from iwin_dit.models.transformer import COMPILE_OPTIONS
+from iwin_dit.nn import IwinDiTBlock
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# Of the largest value. In bfloat16 a sum in another order is off by its 8 bits.
+TOLERANCES = {torch.float32: TOLERANCE, torch.bfloat16: 5e-2}
+
+
+def build_modes(
+    modules: Mapping[str, nn.Module], modes: Sequence[str], dtype: torch.dtype
+) -> dict[tuple[str, str], nn.Module]:
+    """Cast modules, and compile a copy of each where that is asked for.
+
+    Args:
+        modules: By name; they are cast in place.
+        modes: "eager", "compiled" or both.
+        dtype: Of weights.
+
+    Returns:
+        Modules by (mode, name): the module itself where it is eager.
+    """
+    built: dict[tuple[str, str], nn.Module] = {}
+    for mode in modes:
+        for name, module in modules.items():
+            module.to(dtype)
+            built[mode, name] = module if mode == "eager" else compiled(module)
+    return built
+
+
+def compiled(module: ModuleT) -> ModuleT:
+    """Compile a copy of a module: its Iwin blocks, as `train.compile` does, or, where it has none, all of it."""
+    copied = copy.deepcopy(module)
+    blocks = [part for part in copied.modules() if isinstance(part, IwinDiTBlock)]
+    targets: Sequence[nn.Module] = blocks or [copied]
+    for part in targets:
+        part.compile(fullgraph=True, dynamic=False, options=dict(COMPILE_OPTIONS))
+    return copied
+
+
+def check_modes(
+    eager: Mapping[str, nn.Module], built: Mapping[tuple[str, str], nn.Module], inputs: Sequence[torch.Tensor]
+) -> None:
+    """Compare what compiled modules give, forward and backward, with the modules they were made of.
+
+    Args:
+        eager: Modules by name.
+        built: By `build_modes` from them.
+        inputs: Of `forward_backward`; their dtype decides the tolerance.
+
+    Raises:
+        RuntimeError: If one is off by more than `TOLERANCES`.
+    """
+    for (mode, name), module in built.items():
+        if mode != "eager":
+            ours, theirs = forward_backward(module, inputs), forward_backward(eager[name], inputs)
+            require_agreement(f"'{name}' compiled and eager", ours, theirs, TOLERANCES[inputs[0].dtype])

@@ -1,0 +1,64 @@
+"""Put the stored results on the page: `python -m benchmarks.page` after new ones were written to benchmarks/results.
+
+On the page, a table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is a file of the results, or "goals
+cpu" or "goals cuda", all goals of a device with what its files say.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.goals import goals_table
+from benchmarks.run import SUITES
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def stored_records(device: str) -> dict[str, Any]:
+    """Read the stored results of a device, by suite."""
+    paths = {suite: RESULTS / f"{suite}-{device}.json" for suite in SUITES}
+    return {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.exists()}
+
+
+def render(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Renew the tables of a page.
+
+    Args:
+        text: The page.
+        records: By device, then by suite.
+
+    Returns:
+        The page, with what the records say.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{_table(match[1], records)}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\S+\.json|goals \w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def _table(name: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """What stands under a name, which is of a file or of a device's goals."""
+    if name.startswith("goals "):
+        device = name.removeprefix("goals ")
+        return goals_table(device, records[device])
+    suite, _, device = name.removesuffix(".json").partition("-")
+    if suite not in records[device]:
+        return "Not measured."
+    record = records[device][suite]
+    machine = record["machine"]
+    commit = (machine["commit"] or "unknown")[:7] + ("-dirty" if str(machine["commit"]).endswith("-dirty") else "")
+    origin = f"[JSON](../benchmarks/results/{name}): {machine['device']}, {machine['threads']} threads, commit {commit}"
+    return f"{SUITES[suite].tables(record)}\n\n{origin}."
+
+
+def main() -> None:
+    """Rewrite the page."""
+    PAGE.write_text(render(PAGE.read_text(), {device: stored_records(device) for device in ("cpu", "cuda")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Suite `sample`: what a guidance interval saves where the unconditional half is not computed outside it."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from benchmarks.goals import Result, as_dicts, markdown, setting_of
+from benchmarks.measure import quartiles, ratio, time_interleaved
+from benchmarks.modes import TOLERANCES, compiled
+from benchmarks.options import DTYPES, MODES, SIZES, add_sizes, positive
+from benchmarks.sides import Shape, iwin_model, require_agreement, windows_for
+from iwin_dit import IwinDiTPipeline
+
+GRID, KERNEL = (16, 16), (3, 3)
+GUIDANCE_SCALE = 4.0
+# Half of the noise levels. 2 / (1 + share of guided steps) is the most to gain: 1.33 here; 1.3 asks for at most 54 %.
+INTERVAL = (0.2, 0.7)
+IMAGES, STEPS = {"cpu": 4, "cuda": 32}, {"cpu": 20, "cuda": 50}
+
+
+class BothHalves(IwinDiTPipeline):
+    """The pipeline with both halves run in every step, and the unconditional one thrown away outside the interval."""
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,  # noqa: ARG002  (the base's signature)
+    ) -> torch.Tensor:
+        """Predict as the base does, and guide all channels."""
+        low, high = guidance_interval
+        null = torch.full_like(class_labels, self.transformer.null_class)
+        model_input = torch.cat([latents.to(self.transformer.dtype)] * 2)
+        output = self.transformer(model_input, timestep, torch.cat([class_labels, null]), return_dict=False)[0].float()
+        cond, uncond = output.chunk(2)
+        scale = guidance_scale if low <= float(timestep) / 1000.0 <= high else 1.0
+        return uncond + scale * (cond - uncond)
+
+
+PIPELINES = {"interval": IwinDiTPipeline, "both": BothHalves}
+
+
+def add_options(parser: argparse.ArgumentParser, suite: str, device: str) -> None:  # noqa: ARG001  (those of a Suite)
+    """Add the suite's options; the defaults are those of the goals."""
+    add_sizes(parser, device, batch=False)
+    parser.add_argument("--images", type=positive, default=IMAGES[device], help="in a batch")
+    parser.add_argument("--steps", type=positive, default=STEPS[device], help="of the sampler")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=SIZES[device]["modes"])
+    parser.set_defaults(repeats=7)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Check nothing: every combination of the options works."""
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Sample with both pipelines, in turn, in every mode.
+
+    Args:
+        arguments: As prepared.
+
+    Returns:
+        `results` for the goals, `rows` by mode.
+    """
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    shape = Shape(GRID, arguments.width, arguments.heads, KERNEL)
+    window = windows_for(shape)[0]
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    transformer = iwin_model(shape, arguments.layers, window).eval().requires_grad_(False).to(device, dtype)
+    steps: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
+    for mode in arguments.modes:
+        model = transformer if mode == "eager" else compiled(transformer)
+        for name, kind in PIPELINES.items():
+            pipeline = kind(model, None, FlowMatchEulerDiscreteScheduler())
+            pipeline.set_progress_bar_config(disable=True)
+            steps[mode, name] = functools.partial(draw, pipeline, arguments.images, arguments.steps)
+        ours, theirs = ([steps[mode, name]()] for name in PIPELINES)
+        require_agreement(f"'interval' and 'both', {mode},", ours, theirs, TOLERANCES[dtype])
+    seconds = time_interleaved(steps, device, arguments.repeats)
+    setting = setting_of(GRID, window, KERNEL)
+    results = [
+        Result(
+            "both halves always / guidance interval",
+            mode,
+            ratio(seconds[mode, "both"], seconds[mode, "interval"]),
+            setting,
+        )
+        for mode in arguments.modes
+    ]
+    rows = [
+        {"mode": mode, "side": name, "images_per_second": quartiles([arguments.images / s for s in values])}
+        for (mode, name), values in seconds.items()
+    ]
+    return {"results": as_dicts(results), "interval": INTERVAL, "rows": rows}
+
+
+@torch.no_grad()
+def draw(pipeline: IwinDiTPipeline, images: int, steps: int) -> torch.Tensor:
+    """Sample latents, (images, C, h, w), always the same."""
+    output = pipeline(
+        list(range(images)),
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE_SCALE,
+        guidance_interval=INTERVAL,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        return_dict=False,
+    )
+    return output[0]
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Format a record, as written to JSON, for the terminal and for Markdown."""
+    rows = []
+    for row in record["rows"]:
+        low, median, high = row["images_per_second"]
+        speed = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([("mode", row["mode"]), ("side", row["side"]), ("images/s (quartiles)", speed)])
+    return markdown(rows, left=("mode", "side"))
