@@ -1,1 +1,1 @@
-"""Measurements, run by hand: `python -m benchmarks.block`. No test is timed."""
+"""Measurements, run by hand: `python -m benchmarks.run`. No test is timed."""

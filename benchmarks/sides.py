@@ -294,30 +294,35 @@ def forward_backward(module: nn.Module, inputs: Sequence[torch.Tensor]) -> tuple
     return (output, *torch.autograd.grad(output, [*leaves, *module.parameters()], cotangent))
 
 
-def require_agreement(
-    names: str, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float = TOLERANCE
-) -> float:
+def largest_error(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """Compare tensors one by one.
 
     Args:
-        names: Of the two sides, for the error.
         ours: Tensors.
         theirs: As many, of the same shapes.
-        tolerance: On the result.
 
     Returns:
         The largest error, relative to the largest value of its tensor; NaN where any is NaN.
-
-    Raises:
-        RuntimeError: If it exceeds the tolerance.
     """
     relative = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in zip(ours, theirs, strict=True)]
-    error = torch.stack(relative).max().item()
+    return torch.stack(relative).max().item()
+
+
+def require_agreement(names: str, error: float, tolerance: float = TOLERANCE) -> None:
+    """Stop the run where two sides do not agree.
+
+    Args:
+        names: Of the two sides.
+        error: By `largest_error`.
+        tolerance: On the error.
+
+    Raises:
+        RuntimeError: If the error exceeds it, or is NaN.
+    """
     if not error <= tolerance:
         raise RuntimeError(
-            f"{names} must agree to {tolerance} of the largest value, got {error:.1e}: nothing was timed"
+            f"{names} must agree to {tolerance:.1e} of the largest value, got {error:.1e}: nothing was timed"
         )
-    return error
 
 
 def check_agreement(sides: Mapping[str, nn.Module], inputs: Sequence[torch.Tensor]) -> dict[str, float]:
@@ -338,6 +343,6 @@ def check_agreement(sides: Mapping[str, nn.Module], inputs: Sequence[torch.Tenso
         kinds = {type(module) for module in side.modules()}
         if IwinAttention in kinds and not kinds & {FloorBlock, FourCopyAttention}:
             twin = straightforward(side)
-            names = f"'{name}' and its straightforward twin"
-            errors[name] = require_agreement(names, forward_backward(side, inputs), forward_backward(twin, inputs))
+            errors[name] = largest_error(forward_backward(side, inputs), forward_backward(twin, inputs))
+            require_agreement(f"'{name}' and its straightforward twin", errors[name])
     return errors

@@ -27,7 +27,7 @@ from benchmarks.data import write_synthetic
 from benchmarks.goals import Result, as_dicts, markdown, setting_of
 from benchmarks.measure import Step, by_operator, quartiles, ratio, time_interleaved
 from benchmarks.options import MODES, SIZES, add_sizes, batch_of
-from benchmarks.sides import LATENT_CHANNELS, Shape, require_agreement, windows_for
+from benchmarks.sides import LATENT_CHANNELS, Shape, largest_error, require_agreement, windows_for
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
 from iwin_dit.training.batches import Batch, MicroBatches
@@ -243,7 +243,7 @@ def check_steps(training: Training) -> None:
 
     whole = change_after(functools.partial(next, whole_steps(training)))
     bare = change_after(functools.partial(bare_step, training, batch))
-    require_agreement("a whole and a bare training step", whole, bare)
+    require_agreement("a whole and a bare training step", largest_error(whole, bare))
 
 
 def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: str) -> Step:

@@ -1,5 +1,6 @@
 """The benchmarks' sides agree, their counts are right and their command lines work; nothing here is timed."""
 
+import copy
 import json
 import re
 import shlex
@@ -296,6 +297,16 @@ def test_compiled_copies_agree_with_the_eager_modules(modules, inputs):
             parameter.mul_(2)
     with pytest.raises(RuntimeError, match="'global' compiled and eager must agree"):
         check_modes(modules, built, inputs)
+
+
+def test_low_precision_may_be_off_by_twice_what_eager_code_is(modules, inputs):
+    block, low = modules["global"].bfloat16(), [x.detach().bfloat16().requires_grad_(x.requires_grad) for x in inputs]
+    other = copy.deepcopy(block)
+    check_modes({"global": block}, {("compiled", "global"): other}, low)
+    with torch.no_grad():
+        other.attn.to_v.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="'global' compiled and eager must agree"):
+        check_modes({"global": block}, {("compiled", "global"): other}, low)
 
 
 def test_operators_by_kind():
