@@ -177,7 +177,8 @@ def keep_freed_memory() -> None:
     """
     if keeps_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # smaller pieces come from the heap, where they can be kept
+        # Smaller pieces come from the heap, where they can be kept; 32 MiB is the most that an older glibc takes.
+        _ = mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # so much may lie there unused
 
 
