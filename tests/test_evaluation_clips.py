@@ -327,7 +327,7 @@ def test_two_speeds_are_warned_of() -> None:
     assert warning.startswith("the reference's clips have 25 frames per second, the generated ones 8")
     assert early_warnings(reference, [32, 32], None, 24.98) == []
     [warning] = early_warnings(reference, [32, 32], None)
-    assert "25 frames per second, and the generated ones do not say what they have: --frame-rate" in warning
+    assert "25 frames per second, and the generated ones do not say: give --frame-rate" in warning
     assert "fps" not in evaluator().about_reference()  # moving digits: their motion is per frame
 
 

@@ -119,8 +119,8 @@ def early_warnings(
         )
     if fps is None and real_fps is not None:
         found.append(
-            f"the reference's clips have {real_fps:.4g} frames per second, and the generated ones do not say what they "
-            "have: --frame-rate and --frame-stride see the reference at another rate"
+            f"the reference's clips have {real_fps:.4g} frames per second, and the generated ones do not say: give "
+            "--frame-rate, at which those play, to see the reference at it"
         )
     if ".gif" in stored_as:
         found.append(
