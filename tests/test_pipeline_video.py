@@ -406,6 +406,28 @@ def test_a_gif_of_frames_that_stand_still(tmp_path):
             assert (gif.n_frames, gif.info["duration"]) == (1, 10 * round(100 / 8 * len(frames)))
 
 
+@pytest.mark.parametrize("stride", [0, -1, 1.5, True])
+def test_a_stride_that_is_none_is_refused(stride):
+    image = IwinDiTPipeline(tiny_model(), tiny_vae(), FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="frame_stride must be a whole number of at least 1, or None, got"):
+        IwinDiTVideoPipeline.from_pipe(image, transformer=tiny_video_model(), frame_stride=stride)
+
+
+def test_the_arguments_of_a_call_are_settled_before_it():
+    pipe = tiny_pipeline(fps=7.5)
+    given = {"num_frames": None, "fps": None, "guidance_scale": None, "num_inference_steps": 3}
+    size = pipe.default_size
+    assert pipe.call_settings(**given) == {
+        "num_frames": size[0],
+        "fps": 7.5,
+        "guidance_scale": pipe.default_guidance_scale,
+        "num_inference_steps": 3,
+    }
+    for wrong in ({"fps": float("nan")}, {"num_frames": 0}, {"guidance_scale": 0.5}, {"num_inference_steps": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            pipe.call_settings(**wrong)
+
+
 def test_the_slowest_gif(tmp_path):
     """A delay has 16 bits."""
     save_gif(coloured(2), tmp_path / "clip.gif", 100 / 65535)

@@ -102,6 +102,9 @@ def test_what_cannot_be_written_is_refused_before_sampling(videos, tmp_path, mon
     assert "--grid of clips must be a .gif file" in refused(videos, out, "--grid", str(tmp_path / "grid.png"))
     assert "0.0015 to 50 frames per second, got 60: choose" in refused(videos, out, "--fps", "60")
     assert "got 0.001: choose" in refused(videos, out, "--fps", "0.001")
+    assert "fps must be a number above 0 and finite, got -1.0" in refused(
+        videos, out, "--fps", "-1", "--format", "frames"
+    )
     assert "--batch-size must be at least 1, got 0" in refused(videos, out, "--batch-size", "0")
     assert "height must be a positive multiple of 2" in refused(videos, out, "--height", "0")
     monkeypatch.setitem(sys.modules, "av", None)

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -269,7 +269,7 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             The same names, each with its value.
 
         Raises:
-            ValueError: As by `check_inputs`.
+            ValueError: As by `check_inputs`, or for an `fps` that is not above 0.
         """
         sizes = ("num_frames", "height", "width")[-self.rank :]
         defaults = {name: parameter.default for name, parameter in inspect.signature(self.__call__).parameters.items()}
@@ -288,6 +288,8 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             output_type="latent",
             callback_on_step_end_tensor_inputs=(),
         )
+        if "fps" in settings:
+            checked_rate(settings["fps"])
         return settings
 
     def _check_size(self, size: Sequence[int]) -> None:
@@ -537,6 +539,23 @@ class IwinDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 "load it in float32"
             )
         return pixels
+
+
+def checked_rate(fps: float) -> float:
+    """Check a number of frames per second.
+
+    Args:
+        fps: The number.
+
+    Returns:
+        The same as float.
+
+    Raises:
+        ValueError: If it is not above 0 and finite.
+    """
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0.0 < fps < math.inf:  # NaN compares with nothing
+        raise ValueError(f"fps must be a number above 0 and finite, got {fps!r}")
+    return float(fps)
 
 
 def _prediction_type(scheduler: SchedulerMixin) -> str:

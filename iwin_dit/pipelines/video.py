@@ -4,10 +4,9 @@ Owns the public call for clips, what their number of frames may be, and what is 
 Letters: B batch, C latent channels, T frames, H W pixels, t h w latent frames and cells.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from ..models import IwinDiTTransformer3DModel
-from .base import ClassLabels, IwinDiTPipelineBase
+from .base import ClassLabels, IwinDiTPipelineBase, checked_rate
 
 
 @dataclass
@@ -78,7 +77,7 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         is_whole = isinstance(frame_stride, Integral) and not isinstance(frame_stride, bool)
         if frame_stride is not None and (not is_whole or frame_stride < 1):
             raise ValueError(f"frame_stride must be a whole number of at least 1, or None, got {frame_stride!r}")
-        self.register_to_config(fps=_checked_rate(fps), frame_stride=frame_stride)
+        self.register_to_config(fps=checked_rate(fps), frame_stride=frame_stride)
         self.video_processor: VideoProcessor = VideoProcessor()
 
     def __call__(
@@ -137,7 +136,7 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
             ValueError: If an argument is out of its range.
             FloatingPointError: If the latents or the decoded pixels are not finite.
         """
-        fps = self.config.fps if fps is None else _checked_rate(fps)
+        fps = self.config.fps if fps is None else checked_rate(fps)
         frames = self._sample(
             class_labels,
             (num_frames, height, width),
@@ -155,21 +154,6 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
             callback_on_step_end_tensor_inputs,
         )
         return IwinDiTVideoPipelineOutput(frames=frames, fps=fps) if return_dict else (frames,)
-
-    def call_settings(self, **given: Any) -> dict[str, Any]:
-        """As of images, with a check of `fps`.
-
-        Args:
-            given: Arguments of the sampler, sizes and `fps`, by their names in the call; None takes the default.
-
-        Returns:
-            The same names, each with its value.
-
-        Raises:
-            ValueError: As by `check_inputs`, or for an `fps` that is not above 0.
-        """
-        settings = super().call_settings(**given)
-        return settings | {name: _checked_rate(settings[name]) for name in ("fps",) if name in settings}
 
     def _check_size(self, size: Sequence[int]) -> None:
         super()._check_size(size)
@@ -194,9 +178,3 @@ class IwinDiTVideoPipeline(IwinDiTPipelineBase):
         if output_type == "pil":
             return [frames for (frames,) in clips]
         return np.concatenate(clips) if output_type == "np" else torch.cat(clips)
-
-
-def _checked_rate(fps: float) -> float:
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0.0 < fps < math.inf:  # NaN compares with nothing
-        raise ValueError(f"fps must be a number above 0 and finite, got {fps!r}")
-    return float(fps)
