@@ -32,12 +32,17 @@ from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
 
 # The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
-# tokens, (B, H, W, C), to an order with H innermost (docs/performance.md).
+# tokens, (B, H, W, C), to an order with H innermost (docs/performance.md). Measured on a CPU, and so for CPUs alone.
 COMPILE_OPTIONS = {"layout_optimization": False}
 
 Size = int | tuple[int, ...]
 Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
 SingleFrame = Literal["refuse", "repeat"]
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Return the options of torch's compiler for blocks on a device: `COMPILE_OPTIONS` on a CPU, elsewhere none."""
+    return dict(COMPILE_OPTIONS) if device.type == "cpu" else {}
 
 
 def window_schedule(window_size: Windows, rank: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
@@ -216,14 +221,14 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.zeros_(layer.bias)
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the repeated block as any diffusers model does, but with `COMPILE_OPTIONS` unless told otherwise.
+        """Compile the repeated block as any diffusers model does, but with `compile_options` unless told otherwise.
 
         Args:
             args: As for `torch.nn.Module.compile`.
-            kwargs: Likewise; `options`, `mode` or a `backend` of your own replaces ours.
+            kwargs: Likewise; `options` are added to ours and win over them, a `mode` or `backend` takes none of ours.
         """
-        if not kwargs.keys() & {"options", "mode", "backend"}:
-            kwargs["options"] = dict(COMPILE_OPTIONS)
+        if not kwargs.keys() & {"mode", "backend"}:
+            kwargs["options"] = compile_options(self.device) | (kwargs.get("options") or {})
         super().compile_repeated_blocks(*args, **kwargs)
 
     @property
