@@ -20,6 +20,7 @@ import train_dit
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.data.latents import LatentDataset, LatentStore, positions_to_indices
 from iwin_dit.data.manifest import Manifest
+from iwin_dit.training import summary
 from iwin_dit.training.batches import Batch, MicroBatches
 from iwin_dit.training.config import OptimConfig, TrainConfig, parse_config
 from iwin_dit.training.draws import VALIDATION_STREAM, keyed_draws
@@ -423,11 +424,15 @@ def test_a_weights_and_biases_run_without_network(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_dry_run_says_what_makes_it_fast(compiled):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_dry_run_says_what_makes_it_fast(compiled, kept, monkeypatch):
+    monkeypatch.setattr(summary, "keeps_freed_memory", lambda: kept)
     config = parse_config(["--config", DIGITS, "--train.compile", str(compiled).lower()])
     (line,) = (line for line in describe(config, samples_per_pass=1).splitlines() if line.startswith("speed"))
     assert ("{'layout_optimization': False}" in line) == compiled
-    assert "MALLOC_TRIM_THRESHOLD_" in line or "given back" in line
+    assert ("blocks not compiled" in line) != compiled
+    assert ("MALLOC_TRIM_THRESHOLD_" in line) == kept
+    assert ("left to the C library" in line) != kept
 
 
 def test_a_dry_run_trains_nothing(tmp_path, caplog):

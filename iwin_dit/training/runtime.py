@@ -15,8 +15,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from .config import Config
 
 FSDP2 = "FSDP2 shards model and optimizer (accelerate launch --config_file configs/accelerate/fsdp2.yaml)"
-# glibc's own, in the environment; what they say is somebody's choice.
+# glibc's own, in the environment; what they say is somebody's choice. GLIBC_TUNABLES has the same under other names.
 MALLOC_SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+MALLOC_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # What the launcher passes in the environment and this trainer cannot do exactly, and what to use instead.
 REFUSED = {
@@ -165,15 +166,17 @@ def use_all_cores() -> None:
 
 
 def keeps_freed_memory() -> bool:
-    """Whether `keep_freed_memory` has an effect here: with glibc, unless one of `MALLOC_SWITCHES` is set."""
-    return platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in MALLOC_SWITCHES)
+    """Whether `keep_freed_memory` asks for it: with glibc, where neither threshold is set from outside."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")  # name=value:name=value
+    chosen = any(name in os.environ for name in MALLOC_SWITCHES) or any(name in tunables for name in MALLOC_TUNABLES)
+    return platform.libc_ver()[0] == "glibc" and not chosen
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next step instead of giving it back to the system.
+    """Ask the C library to keep freed memory for the next step instead of giving it back to the system.
 
     Activations are freed in every backward pass, and large ones are mapped anew in every step, with a page fault per 4
-    KiB (docs/performance.md). A choice made in the C library's own switches, `MALLOC_SWITCHES`, is kept.
+    KiB (docs/performance.md). A choice made in the environment, by `MALLOC_SWITCHES` or `MALLOC_TUNABLES`, is kept.
     """
     if keeps_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt

@@ -47,10 +47,11 @@ def describe(config: Config, samples_per_pass: int) -> str:
 
 
 def _speed(config: Config) -> str:
-    """What makes a step faster and changes no number, and what switches it off."""
-    blocks = f"blocks compiled, {COMPILE_OPTIONS}" if config.train.compile else "blocks not compiled (train.compile)"
-    kept = f"kept on a CPU ({' or '.join(MALLOC_SWITCHES)})" if keeps_freed_memory() else "given back"
-    return f"{blocks}; freed memory {kept}"
+    """What makes a step faster and changes numbers by rounding at most, and what switches it."""
+    compiled = f"blocks compiled, on a CPU with {COMPILE_OPTIONS}"
+    blocks = compiled if config.train.compile else "blocks not compiled (train.compile)"
+    asked = f"on a CPU, glibc is asked to keep freed memory (off: {' or '.join(MALLOC_SWITCHES)})"
+    return f"{blocks}; {asked if keeps_freed_memory() else 'freed memory is left to the C library'}"
 
 
 def _measure(model: IwinDiTCore, forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
