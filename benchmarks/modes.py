@@ -2,16 +2,13 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from benchmarks.sides import TOLERANCE, forward_backward, largest_error, require_agreement
-from iwin_dit.models.transformer import COMPILE_OPTIONS
+from benchmarks.sides import TOLERANCE, ModuleT, forward_backward, largest_error, require_agreement
+from iwin_dit.models.transformer import compile_options
 from iwin_dit.nn import IwinDiTBlock
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build_modes(
@@ -41,7 +38,7 @@ def compiled(module: ModuleT) -> ModuleT:
     blocks = [part for part in copied.modules() if isinstance(part, IwinDiTBlock)]
     targets: Sequence[nn.Module] = blocks or [copied]
     for part in targets:
-        part.compile(fullgraph=True, dynamic=False, options=dict(COMPILE_OPTIONS))
+        part.compile(fullgraph=True, dynamic=False, options=compile_options(next(part.parameters()).device))
     return copied
 
 

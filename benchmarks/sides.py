@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from iwin_dit.nn.windows import per_axis, plan_window
 
 TOLERANCE = 1e-3  # of the largest value, float32; TF32 convolutions have 10 bits, a misplaced token is wrong by about 1
 LATENT_CHANNELS = 4
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +192,15 @@ def iwin_model(shape: Shape, layers: int, window: int | Sequence[int]) -> IwinDi
         window_size=tuple(window) if isinstance(window, Sequence) else window,
         conv_kernel_size=shape.kernel,
     )
-    for module in model.modules():
-        if isinstance(module, Modulation | FinalLayer):  # so that no gate hides a branch
-            nn.init.normal_(module.linear.weight, std=shape.width**-0.5)
-    return model
+    return draw_modulation(model)
+
+
+def draw_modulation(module: ModuleT) -> ModuleT:
+    """Draw modulations and output layers, which start at 0, at random in place, so that no gate hides a branch."""
+    for part in module.modules():
+        if isinstance(part, Modulation | FinalLayer):
+            nn.init.normal_(part.linear.weight, std=part.linear.in_features**-0.5)
+    return module
 
 
 def model_inputs(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -208,9 +215,8 @@ def iwin_block(shape: Shape, window: int | Sequence[int], weights: IwinDiTBlock 
     """Build a block with the library's default options, and random modulation or the weights of another block."""
     block = IwinDiTBlock(shape.width, shape.heads, window, rank=len(shape.grid), conv_kernel_size=shape.kernel)
     if weights is None:
-        nn.init.normal_(block.modulation.linear.weight, std=shape.width**-0.5)  # so that no gate hides a branch
-    else:
-        block.load_state_dict(weights.state_dict())
+        return draw_modulation(block)
+    block.load_state_dict(weights.state_dict())
     return block
 
 

@@ -1,7 +1,8 @@
 """Suite `train`: training steps of `train_dit.py` against what they are at least, and against diffusers' DiT.
 
-The whole step is `train_dit.optimizer_step` and what the loop does around it, on latents read from files; the bare step
-is forward pass, loss, backward pass and AdamW on a batch in memory, with nothing read, clipped, averaged or logged.
+The whole step is `train_dit.optimizer_step` on latents read from files, with the loop's learning rate and a line of its
+log each time; progress bar, requests to stop and looking for what is due are not in it. The bare step is forward pass,
+loss, backward pass and AdamW on a batch in memory, with nothing read, clipped, averaged or logged.
 """
 
 import argparse
@@ -26,8 +27,16 @@ import train_dit
 from benchmarks.data import write_synthetic
 from benchmarks.goals import Result, as_dicts, markdown, setting_of
 from benchmarks.measure import Step, by_operator, quartiles, ratio, time_interleaved
-from benchmarks.options import MODES, SIZES, add_sizes, batch_of
-from benchmarks.sides import LATENT_CHANNELS, Shape, largest_error, require_agreement, windows_for
+from benchmarks.options import DTYPES, MODES, SIZES, add_sizes, batch_of
+from benchmarks.sides import (
+    LATENT_CHANNELS,
+    TOLERANCE,
+    Shape,
+    draw_modulation,
+    largest_error,
+    require_agreement,
+    windows_for,
+)
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
 from iwin_dit.training.batches import Batch, MicroBatches
@@ -37,7 +46,6 @@ from iwin_dit.training.setup import Training, open_state, open_writer
 
 GRID, KERNEL = (16, 16), (3, 3)
 CLASSES = 1000
-PRECISION = {"float32": "no", "bf16": "bf16"}
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is taken for the peak
 NO_CLIPPING = 1e9  # a norm that no gradient has: clipping does all its work and changes nothing, so that steps compare
 
@@ -151,9 +159,11 @@ def open_steps(
     run = Path(resources.enter_context(tempfile.TemporaryDirectory()))
     config = step_config(arguments, batch_size, run, mode)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the mode before
-    accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=PRECISION[arguments.dtype])
+    precision = "no" if arguments.dtype == "float32" else arguments.dtype
+    accelerator = Accelerator(cpu=arguments.device == "cpu", mixed_precision=precision)
     torch.manual_seed(0)
-    state, wrapped = open_state(config, accelerator, config.build_model(), run)
+    model = draw_modulation(config.build_model())  # or check_steps would see the gradient of the output layer alone
+    state, wrapped = open_state(config, accelerator, model, run)
     data = LatentDataset(LatentStore(folder, verify=False), np.arange(4096))
     wrapped.train()
     return Training(
@@ -207,7 +217,7 @@ def bare_step(training: Training, batch: Batch) -> None:
 
 
 def whole_steps(training: Training) -> Iterator[None]:
-    """Steps as `train_dit.train` takes them, each one logged."""
+    """Steps of `train_dit.optimizer_step`, with the learning rate of `train_dit.train` and its log at each one."""
     config, state = training.config, training.state
     batch_size, total = config.train.batch_size, config.train.images
     meter = Meter(training.accelerator, batch_size, state.step, config.train.steps)
@@ -224,26 +234,55 @@ def whole_steps(training: Training) -> Iterator[None]:
 
 
 def check_steps(training: Training) -> None:
-    """Check that a whole and a bare step change the weights alike, and leave the training as it was.
+    """Check that a whole and a bare step find the same gradients and move the weights as far.
+
+    Gradients are read from Adam's first moments, since its first step is much the same at any scale of theirs; of the
+    weights' change the length is compared, as the sign of a gradient that is mere noise may turn on a GPU. Weights,
+    optimizer, average, counts and log are left as they were.
 
     Raises:
-        RuntimeError: If they do not.
+        RuntimeError: If they do not, or one of the two leaves a parameter out.
+    """
+    batch = training.micro_batches[0].to(training.accelerator.device)
+    whole = effect_of(functools.partial(next, whole_steps(training)), training)
+    bare = effect_of(functools.partial(bare_step, training, batch), training)
+    trained = {name for name, parameter in training.state.model.named_parameters() if parameter.requires_grad}
+    for what, effect in (("whole", whole), ("bare", bare)):
+        missed = sorted(name for name in trained if name not in effect or not effect[name][1] > 0)
+        if missed:
+            raise RuntimeError(f"a {what} training step must train every parameter, it left out {', '.join(missed)}")
+    low_precision = training.accelerator.mixed_precision == "bf16"
+    tolerance = 4 * torch.finfo(torch.bfloat16).eps if low_precision else TOLERANCE
+    for name in sorted(trained):
+        error = largest_error(whole[name], bare[name])
+        require_agreement(f"a whole and a bare training step, of '{name}',", error, tolerance)
+
+
+def effect_of(step: Step, training: Training) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Take a first step, and back.
+
+    Args:
+        step: A training step.
+        training: Where it works, at step 0.
+
+    Returns:
+        By parameter, Adam's first moment, a fixed multiple of its gradient, and how far it went.
     """
     state = training.state
-    batch = training.micro_batches[0].to(training.accelerator.device)
-    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-
-    def change_after(step: Step) -> list[torch.Tensor]:
-        step()
-        after = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-        state.model.load_state_dict(before)
-        state.optimizer.state.clear()
-        state.step = 0
-        return [after[name] - tensor for name, tensor in before.items() if not torch.equal(after[name], tensor)]
-
-    whole = change_after(functools.partial(next, whole_steps(training)))
-    bare = change_after(functools.partial(bare_step, training, batch))
-    require_agreement("a whole and a bare training step", largest_error(whole, bare))
+    models = (state.model, state.ema.model)
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    step()
+    effect = {
+        name: (moments["exp_avg"], (parameter.detach() - before[0][name]).norm())
+        for name, parameter in state.model.named_parameters()
+        if (moments := state.optimizer.state.get(parameter))
+    }
+    for model, weights in zip(models, before, strict=True):
+        model.load_state_dict(weights)
+    state.optimizer.state.clear()
+    state.step, state.skipped = 0, 0
+    MetricsLog(training.config, training.accelerator, training.run, step=0)  # drops the lines of later steps
+    return effect
 
 
 def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: str) -> Step:
@@ -289,8 +328,7 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
 
 def matrix_product(arguments: argparse.Namespace) -> Step:
     """The product of two large square matrices in the precision of the step, for its peak."""
-    side = PEAK_SIDE[arguments.device]
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    side, dtype = PEAK_SIDE[arguments.device], DTYPES[arguments.dtype]
     a, b = (torch.randn(side, side, device=arguments.device, dtype=dtype) for _ in range(2))
     return functools.partial(torch.mm, a, b)
 
