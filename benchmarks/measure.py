@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from iwin_dit.metrics.result import environment
@@ -29,7 +30,7 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 
 
 def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: int) -> dict[Name, list[float]]:
-    """Time every step once per round, so that a machine that slows down slows all of them.
+    """Time every step once per round, so that a machine that slows down slows all of them; each begins in its turn.
 
     Args:
         steps: What to time, by name.
@@ -40,11 +41,13 @@ def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: 
         Seconds per step, one number per round, in the order of the rounds.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + repeats):
-        for name, step in steps.items():
+    names = list(steps)
+    for number in range(WARM_UP + repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             _wait(device)
             start = time.perf_counter()
-            step()
+            steps[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: values[WARM_UP:] for name, values in seconds.items()}
@@ -95,16 +98,22 @@ def peak_memory(steps: Mapping[Name, Step], device: torch.device) -> dict[Name, 
     return peaks
 
 
-# What an operator of a training step is for, by what its name holds; the first that fits.
+# What an operator or kernel of a training step is for, by what its name holds; the first that fits. A fused kernel is
+# named after all that is in it, attention's and convolution's kernels on a GPU after the matrix products inside too.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet", "cutlass"),
+    "fused elementwise": ("cpp_fused", "triton_", "CompiledFxGraph"),
     "attention": ("attention", "flash", "fmha"),
-    "convolution": ("conv",),
-    "optimizer, clipping, average": ("adam", "_foreach", "lerp"),
-    "fused elementwise": ("cpp_fused", "triton", "CompiledFxGraph"),
-    "copies": ("copy", "cat", "contiguous", "clone", "Memcpy"),
+    "convolution": ("convolution", "conv2d", "conv3d", "conv_depthwise", "implicit_gemm", "fprop", "dgrad", "wgrad"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "gemv", "nvjet", "cutlass", "splitK"),
+    "optimizer, clipping, average": ("adam", "_foreach", "lerp", "multi_tensor_apply"),
+    "copies": ("copy", "aten::cat", "CatArray", "contiguous", "clone", "Memcpy"),
 }
 OTHER = "elementwise and the rest"
+
+
+def kind_of(name: str) -> str:
+    """What an operator or kernel is for: one of `KINDS`, or `OTHER`."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
 def by_operator(step: Step, device: torch.device) -> dict[str, float]:
@@ -112,7 +121,8 @@ def by_operator(step: Step, device: torch.device) -> dict[str, float]:
 
     Args:
         step: What to profile; it should have run before.
-        device: Where it runs; on a GPU, the time is that of its kernels.
+        device: Where it runs; on a GPU, the time is that of its kernels, and operators, which carry the time of theirs
+            once more, are left out.
 
     Returns:
         Milliseconds by kind, those of `KINDS` and `OTHER`.
@@ -124,8 +134,10 @@ def by_operator(step: Step, device: torch.device) -> dict[str, float]:
         _wait(device)
     spent = dict.fromkeys([*KINDS, OTHER], 0.0)
     for event in profiler.key_averages():
-        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), OTHER)
-        spent[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        if not on_gpu:
+            spent[kind_of(event.key)] += event.self_cpu_time_total / 1e3
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spent[kind_of(event.key)] += event.self_device_time_total / 1e3
     return spent
 
 
