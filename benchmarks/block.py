@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of
+from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of, window_text
 from benchmarks.measure import Step, peak_memory, quartiles, ratio, time_interleaved
 from benchmarks.modes import build_modes, check_modes
 from benchmarks.options import DTYPES, add_grids, add_sizes, batch_of, shapes
@@ -28,7 +28,9 @@ from benchmarks.sides import (
     check_agreement,
     forward_backward,
     iwin_block,
+    largest_error,
     random_inputs,
+    require_agreement,
     windows_for,
 )
 
@@ -154,7 +156,7 @@ def mean_of(first: Measured, second: Measured) -> Measured:
 
 
 def measure_convolution(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the convolution, and torch's own, against the linear layers of the block, in the first mode.
+    """Check and time the convolution, and torch's own, against the linear layers of the block, in the first mode.
 
     Args:
         shape: Of the block and its grid.
@@ -174,9 +176,15 @@ def measure_convolution(shape: Shape, arguments: argparse.Namespace) -> dict[str
         "linear": LinearLayers(block),
     }
     x, _, cotangent = random_inputs(shape, batch_of(shape, arguments.batch_tokens), device, dtype)
+    small, _, small_cotangent = random_inputs(shape, 1, device, torch.float32)
+    expected = forward_backward(block.conv, [small, small_cotangent])
+    for name in ("conv3d", "conv3d with copies"):
+        error = largest_error(forward_backward(modules[name], [small, small_cotangent]), expected)
+        require_agreement(f"'{name}' and 'taps'", error)
+    built = build_modes(modules, [mode], dtype)
+    check_modes(modules, built, [x, cotangent])
     steps: dict[str, Step] = {
-        name: functools.partial(forward_backward, module, [x, cotangent])
-        for (_, name), module in build_modes(modules, [mode], dtype).items()
+        name: functools.partial(forward_backward, module, [x, cotangent]) for (_, name), module in built.items()
     }
     seconds = time_interleaved(steps, device, arguments.repeats)
     return {
@@ -240,7 +248,7 @@ def _cells(row: dict[str, Any]) -> list[tuple[str, str]]:
     cells = [
         ("mode", row["mode"]),
         ("tokens", f"{math.prod(setting['grid']):,} = {by_axes(setting['grid'])}"),
-        ("M", f"{by_axes(setting['window'])}{' (auto)' if setting['planned'] else ''}"),
+        ("M", window_text(setting["window"], setting["planned"])),
         ("K", by_axes(setting["kernel"])),
         ("all pairs linked", linked(setting["linked"])),
         ("iwin ms (quartiles)", f"{median:.1f} ({low:.1f} to {high:.1f})"),

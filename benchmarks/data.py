@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.goals import Result, as_dicts
+from benchmarks.goals import Result, as_dicts, markdown
 from benchmarks.measure import WARM_UP, quartiles, time_interleaved
 from benchmarks.options import positive
 from iwin_dit.data.extract import write_labels, write_shard
@@ -208,14 +208,12 @@ def measure_memory(data: LatentDataset, batch: int, reads: int) -> dict[str, int
 
 def tables(record: dict[str, Any]) -> str:
     """Format a record for the terminal and for Markdown."""
-    lines = ["| what | workers | latents/s (quartiles) |", "|---|---:|---:|"]
+    rows = []
     for row in record["rows"]:
         low, median, high = row["latents_per_second"]
-        lines.append(f"| {row['what']} | {row['workers']} | {median:,.0f} ({low:,.0f} to {high:,.0f}) |")
+        speed = f"{median:,.0f} ({low:,.0f} to {high:,.0f})"
+        rows.append([("what", row["what"]), ("workers", str(row["workers"])), ("latents/s (quartiles)", speed)])
     memory = record["anonymous_memory"]
     first, highest, last = (memory[name] / 2**20 for name in ("first", "highest", "last"))
-    lines += [
-        "",
-        f"Anonymous memory over {memory['reads']:,} reads: {first:.1f} MiB, {highest:.1f} at most, {last:.1f}.",
-    ]
-    return "\n".join(lines)
+    note = f"Anonymous memory over {memory['reads']:,} reads: {first:.1f} MiB, {highest:.1f} at most, {last:.1f}."
+    return f"{markdown(rows, left=('what',))}\n\n{note}"

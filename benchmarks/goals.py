@@ -9,6 +9,17 @@ from iwin_dit.nn.windows import global_exchange, plan_window
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 KERNELS = {2: (3, 3), 3: (2, 3, 3)}  # K by rank of the grid
+# What the goals are for, beside grid and window, as a record's `settings` have it, where the suite has such an option.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cpu": {"threads": 2, "width": 384, "dtype": "float32"},
+    "cuda": {"width": 1152, "dtype": "bf16"},
+}
+# And what those of a single suite are for: XL/1 as a whole, 50 steps of a batch of 32.
+SUITE_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("train", "cuda"): {"layers": 28},
+    ("sample", "cuda"): {"layers": 28, "images": 32, "steps": 50},
+}
+KEEPS = {"at least": operator.ge, "at most": operator.le, "less than": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Goal:
     Attributes:
         suite: Which measures it.
         what: The quantity; "a / b" is a's time over b's.
-        bound: Whether the median must be at least, or at most, the number of the device.
+        bound: How the median must stand to the number of the device, a key of `KEEPS`.
         cpu: Bound for two CPU cores in float32, width 384; None: no goal.
         cuda: Bound for one H200-class GPU in bf16, XL/1, compiled; None: no goal.
         grid: Of the setting; None where no grid decides.
@@ -63,7 +74,7 @@ class Goal:
 
     suite: str
     what: str
-    bound: Literal["at least", "at most"]
+    bound: Literal["at least", "at most", "less than"]
     cpu: float | None
     cuda: float | None
     grid: tuple[int, ...] | None = None
@@ -95,15 +106,35 @@ GOALS = (
     Goal("model", "global model / Iwin", "at least", 2.6, 1.5, (64, 64), (16, 16)),
     Goal("model", "global model / Iwin", "at least", None, 3.0, (128, 128), (16, 16)),
     Goal("model", "memory of Iwin / of global", "at most", 1.05, 1.05, (64, 64), (16, 16)),
-    Goal("model", "memory of Iwin / of global", "at most", None, 1.0, (128, 128), (16, 16)),
+    Goal("model", "memory of Iwin / of global", "less than", None, 1.0, (128, 128), (16, 16)),
     Goal("train", "diffusers' DiT, eager / ours, compiled", "at least", 1.1, 1.2, (16, 16), (8, 8)),
     Goal("train", "diffusers' DiT, compiled / ours, compiled", "at least", 1.0, 1.0, (16, 16), (8, 8)),
     Goal("train", "diffusers' DiT, eager / ours, eager", "at least", None, None, (16, 16), (8, 8)),
     Goal("train", "whole step / bare step", "at most", 1.05, 1.05, (16, 16), (8, 8)),
     Goal("train", "model FLOPs / matrix product peak", "at least", None, 0.55, (16, 16), (8, 8)),
     Goal("sample", "both halves always / guidance interval", "at least", None, 1.3, (16, 16), (8, 8)),
+    Goal("sample", "both halves always / guidance interval (0, 0.89)", "at least", None, None, (16, 16), (8, 8)),
     Goal("data", "latents read, 1000/s", "at least", 20, None),
 )
+
+
+def has_goals_settings(record: Mapping[str, Any], suite: str, device: str, mode: str) -> bool:
+    """Whether the options a result was measured with are those its suite's goals are for.
+
+    Args:
+        record: As written to JSON.
+        suite: Of the record.
+        device: A key of `DEVICES`.
+        mode: Of the result; the goals of a GPU are for compiled code.
+
+    Returns:
+        Whether they are.
+    """
+    wanted = SETTINGS[device] | SUITE_SETTINGS.get((suite, device), {})
+    settings = record["settings"]
+    return all(settings.get(name, value) == value for name, value in wanted.items()) and (
+        device == "cpu" or mode == "compiled"
+    )
 
 
 def results_of(record: Mapping[str, Any]) -> list[Result]:
@@ -170,13 +201,17 @@ def goals_table(device: str, records: Mapping[str, Mapping[str, Any]], suites: I
         mine = [goal for goal in goals if goal.what == what]
         results = [result for result in found.get(mine[0].suite, []) if result.what == what]
         for goal in mine:
-            measured = [_row(goal, result, device) for result in results if goal.applies(result)]
+            measured = [
+                _row(goal, r, device, has_goals_settings(records[goal.suite], goal.suite, device, r.mode))
+                for r in results
+                if goal.applies(r)
+            ]
             rows += measured or ([] if goal.on(device) is None else [_row(goal, None, device)])
         rows += [_row(None, r, device) for r in results if not any(goal.applies(r) for goal in mine)]
     return markdown(rows, left=("what", "all pairs linked", "mode", ""))
 
 
-def _row(goal: Goal | None, result: Result | None, device: str) -> list[tuple[str, str]]:
+def _row(goal: Goal | None, result: Result | None, device: str, comparable: bool = True) -> list[tuple[str, str]]:
     """One line of the table; of a goal that was not measured, or of a result without a goal, what is known."""
     subject = result or goal
     assert subject is not None
@@ -184,8 +219,12 @@ def _row(goal: Goal | None, result: Result | None, device: str) -> list[tuple[st
     target = None if goal is None else goal.on(device)
     verdict = "no goal"
     if goal is not None and target is not None:
-        keeps = operator.ge if goal.bound == "at least" else operator.le
-        verdict = "not measured" if result is None else "met" if keeps(result.value[1], target) else "**not met**"
+        if result is None:
+            verdict = "not measured"
+        elif not comparable:
+            verdict = "other setting"
+        else:
+            verdict = "met" if KEEPS[goal.bound](result.value[1], target) else "**not met**"
     return [
         ("what", subject.what),
         *_place(setting),
@@ -198,13 +237,19 @@ def _row(goal: Goal | None, result: Result | None, device: str) -> list[tuple[st
 
 def _place(setting: Setting | None) -> list[tuple[str, str]]:
     """The columns of a setting."""
-    names = ("tokens", "M", "K", "all pairs linked")
     if setting is None:
-        return [(name, "-") for name in names]
-    window = by_axes(setting.window) + (" (auto)" if setting.planned else "")
-    return list(
-        zip(names, (by_axes(setting.grid), window, by_axes(setting.kernel), linked(setting.linked)), strict=True)
-    )
+        return [(name, "-") for name in ("tokens", "M", "K", "all pairs linked")]
+    return [
+        ("tokens", by_axes(setting.grid)),
+        ("M", window_text(setting.window, setting.planned)),
+        ("K", by_axes(setting.kernel)),
+        ("all pairs linked", linked(setting.linked)),
+    ]
+
+
+def window_text(window: Sequence[int], planned: bool) -> str:
+    """Write a window, and whether `window_size="auto"` chooses it."""
+    return by_axes(window) + (" (auto)" if planned else "")
 
 
 def spread(value: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of
+from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of, window_text
 from benchmarks.measure import Step, peak_memory, quartiles, ratio, time_interleaved
 from benchmarks.modes import build_modes, check_modes
 from benchmarks.options import DTYPES, add_grids, add_sizes, batch_of, shapes
@@ -116,7 +116,7 @@ def tables(record: dict[str, Any]) -> str:
             [
                 ("mode", row["mode"]),
                 ("tokens", f"{math.prod(setting['grid']):,} = {by_axes(setting['grid'])}"),
-                ("M", by_axes(setting["window"]) + (" (auto)" if setting["planned"] else "")),
+                ("M", window_text(setting["window"], setting["planned"])),
                 ("all pairs linked", linked(setting["linked"])),
                 ("batch", str(row["batch"])),
                 ("iwin ms (quartiles)", f"{median:.0f} ({low:.0f} to {high:.0f})"),

@@ -62,7 +62,7 @@ def add_grids(parser: argparse.ArgumentParser, device: str, grids: Sequence[tupl
     rank = len(grids[0])
     parser.add_argument("--grids", type=per_axis_sizes, nargs="+", default=list(grids), help="of tokens, HxW or TxHxW")
     parser.add_argument("--kernel", type=per_axis_sizes, default=KERNELS[rank], help="K of the convolution per axis")
-    modes = "compiled: torch.compile(fullgraph=True) on every side"
+    modes = "compiled: the Iwin blocks of a side, as train.compile does, or all of it where it has none"
     parser.add_argument("--modes", nargs="+", choices=MODES, default=SIZES[device]["modes"], help=modes)
 
 

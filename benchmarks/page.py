@@ -18,9 +18,24 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 def stored_records(device: str) -> dict[str, Any]:
-    """Read the stored results of a device, by suite."""
+    """Read the stored results of a device, by suite.
+
+    Args:
+        device: A key of `DEVICES`.
+
+    Returns:
+        Records as they were written.
+
+    Raises:
+        ValueError: If a file holds the record of another device or suite than its name says.
+    """
     paths = {suite: RESULTS / f"{suite}-{device}.json" for suite in SUITES}
-    return {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.exists()}
+    records = {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.exists()}
+    for suite, record in records.items():
+        if (record["suite"], record["device"]) != (suite, device):
+            found = f"--suite {record['suite']} --device {record['device']}"
+            raise ValueError(f"{paths[suite]} must hold a run of --suite {suite} --device {device}, got {found}")
+    return records
 
 
 def render(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,8 +2,10 @@
 
     python -m benchmarks.run --suite block|video|model|train|sample|data [--device cuda] [--out FILE.json]
 
-All competitors of a suite take turns in one process, after their outputs were found to agree. Defaults are the settings
-of the goals, by device; `--suite NAME --help` lists what else a suite takes. Reading it: docs/performance.md.
+Competitors of a suite take turns in one process, after those that compute the same were found to agree: outputs and
+gradients (block, video, model; not the floor), gradients and how far weights go (train; not diffusers' DiT), latents
+(sample). In `data` nothing is compared, and one way of reading measured after the other. Defaults are the goals'
+settings, by device; `--suite NAME --help` lists what else a suite takes. Reading it: docs/performance.md.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 
 from benchmarks import block, data, model, sample, train
 from benchmarks.goals import DEVICES, goals_table
-from benchmarks.measure import describe_machine
+from benchmarks.measure import check_device, describe_machine
 from benchmarks.options import positive
 from iwin_dit.files import write_json
 from iwin_dit.training.runtime import keep_freed_memory
@@ -103,11 +105,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     arguments = parse_arguments(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("python -m benchmarks.run: error: --device cuda: torch finds no CUDA device here")
+    check_device(build_parser(arguments.suite, arguments.device), arguments.device)
     torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu":
-        keep_freed_memory()  # as training does
+    if arguments.device == "cpu" and arguments.suite != "sample":
+        keep_freed_memory()  # as training does, and sampling does not
     suite = SUITES[arguments.suite]
     record: dict[str, Any] = {
         "suite": arguments.suite,

@@ -11,13 +11,14 @@ from benchmarks.goals import Result, as_dicts, markdown, setting_of
 from benchmarks.measure import Step, quartiles, ratio, time_interleaved
 from benchmarks.modes import compiled
 from benchmarks.options import DTYPES, MODES, SIZES, add_sizes, positive
-from benchmarks.sides import Shape, iwin_model, largest_error, require_agreement, windows_for
+from benchmarks.sides import TOLERANCE, Shape, iwin_model, largest_error, require_agreement, windows_for
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
 
 GRID, KERNEL = (16, 16), (3, 3)
 GUIDANCE_SCALE = 4.0
 # 2 / (1 + share of guided steps) is the most to gain: 1.41 in 50 steps, 1.38 in 20; 1.3 asks for at most 54 %.
 INTERVAL = (0.2, 0.6)
+WIDE_INTERVAL = (0.0, 0.89)  # FlashDiT's
 IMAGES, STEPS = {"cpu": 4, "cuda": 32}, {"cpu": 20, "cuda": 50}
 
 
@@ -43,7 +44,12 @@ class BothHalves(IwinDiTPipeline):
         return uncond + scale * (cond - uncond)
 
 
-PIPELINES = {"interval": IwinDiTPipeline, "both": BothHalves}
+# Pipeline and interval by side; what "both" computes, and so its time, does not depend on the interval.
+SIDES: dict[str, tuple[type[IwinDiTPipeline], tuple[float, float]]] = {
+    "interval": (IwinDiTPipeline, INTERVAL),
+    "interval (0, 0.89)": (IwinDiTPipeline, WIDE_INTERVAL),
+    "both": (BothHalves, INTERVAL),
+}
 
 
 def add_options(parser: argparse.ArgumentParser, suite: str, device: str) -> None:  # noqa: ARG001  (those of a Suite)
@@ -60,7 +66,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sample with both pipelines, in turn, in every mode.
+    """Sample on all sides, in turn, in every mode.
 
     Args:
         arguments: As prepared.
@@ -74,23 +80,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.compiler.reset()
     transformer = iwin_model(shape, arguments.layers, window).eval().requires_grad_(False).to(device)
-    check_halves(transformer, arguments)
+    exact = check_halves(transformer, arguments)
     transformer.to(dtype)
-    steps: dict[tuple[str, str], Step] = {}
-    for mode in arguments.modes:
-        model = transformer if mode == "eager" else compiled(transformer)
-        for name in PIPELINES:
-            steps[mode, name] = functools.partial(draw, name, model, arguments)
+    models = {mode: transformer if mode == "eager" else compiled(transformer) for mode in arguments.modes}
+    if "compiled" in models:
+        check_compiled(models["compiled"], transformer, exact, arguments)
+    steps: dict[tuple[str, str], Step] = {
+        (mode, name): functools.partial(draw, *side, model, arguments)
+        for mode, model in models.items()
+        for name, side in SIDES.items()
+    }
     seconds = time_interleaved(steps, device, arguments.repeats)
     setting = setting_of(GRID, window, KERNEL)
     results = [
         Result(
-            "both halves always / guidance interval",
-            mode,
-            ratio(seconds[mode, "both"], seconds[mode, "interval"]),
-            setting,
+            f"both halves always / guidance {name}", mode, ratio(seconds[mode, "both"], seconds[mode, name]), setting
         )
         for mode in arguments.modes
+        for name in ("interval", "interval (0, 0.89)")
     ]
     rows = [
         {"mode": mode, "side": name, "images_per_second": quartiles([arguments.images / s for s in values])}
@@ -99,30 +106,61 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"results": as_dicts(results), "interval": INTERVAL, "rows": rows}
 
 
-def check_halves(transformer: IwinDiTTransformer2DModel, arguments: argparse.Namespace) -> None:
-    """Check that both pipelines give the same latents.
+def check_halves(transformer: IwinDiTTransformer2DModel, arguments: argparse.Namespace) -> torch.Tensor:
+    """Check that both pipelines give the same latents, with either interval.
 
     Args:
         transformer: In float32.
         arguments: As prepared.
 
+    Returns:
+        The latents of side "interval".
+
     Raises:
         RuntimeError: If they do not.
     """
-    ours, theirs = (draw(name, transformer, arguments) for name in PIPELINES)
-    require_agreement("'interval' and 'both'", largest_error([ours], [theirs]))
+    for interval in (WIDE_INTERVAL, INTERVAL):
+        ours, theirs = (draw(kind, interval, transformer, arguments) for kind in (IwinDiTPipeline, BothHalves))
+        require_agreement(f"one half and both outside {interval}", largest_error([ours], [theirs]))
+    return ours
+
+
+def check_compiled(
+    model: IwinDiTTransformer2DModel,
+    eager: IwinDiTTransformer2DModel,
+    exact: torch.Tensor,
+    arguments: argparse.Namespace,
+) -> None:
+    """Compare the latents of the compiled and of the eager model with those in float32, as `check_modes` does.
+
+    Args:
+        model: Compiled.
+        eager: The same, not compiled.
+        exact: Latents (B, C, h, w) of side "interval" in float32.
+        arguments: As prepared.
+
+    Raises:
+        RuntimeError: If the compiled model is off by more than `TOLERANCE` and more than twice what the eager one is.
+    """
+    ours, theirs = (largest_error([draw(*SIDES["interval"], m, arguments)], [exact]) for m in (model, eager))
+    require_agreement("latents of the compiled and the eager model", ours, max(TOLERANCE, 2 * theirs))
 
 
 @torch.no_grad()
-def draw(name: str, transformer: IwinDiTTransformer2DModel, arguments: argparse.Namespace) -> torch.Tensor:
-    """Sample latents (B, C, h, w) with one of `PIPELINES`, always the same."""
-    pipeline = PIPELINES[name](transformer, None, FlowMatchEulerDiscreteScheduler())
+def draw(
+    kind: type[IwinDiTPipeline],
+    interval: tuple[float, float],
+    transformer: IwinDiTTransformer2DModel,
+    arguments: argparse.Namespace,
+) -> torch.Tensor:
+    """Sample latents (B, C, h, w) with a pipeline and a guidance interval, always the same."""
+    pipeline = kind(transformer, None, FlowMatchEulerDiscreteScheduler())
     pipeline.set_progress_bar_config(disable=True)
     output = pipeline(
         list(range(arguments.images)),
         num_inference_steps=arguments.steps,
         guidance_scale=GUIDANCE_SCALE,
-        guidance_interval=INTERVAL,
+        guidance_interval=interval,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
         return_dict=False,

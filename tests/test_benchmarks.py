@@ -1,5 +1,6 @@
 """The benchmarks' sides agree, their counts are right and their command lines work; nothing here is timed."""
 
+import contextlib
 import copy
 import json
 import re
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 
-from benchmarks import block, evaluation, goals, page, protocols, published, run, sample, sides
+import train_dit
+from benchmarks import block, data, evaluation, goals, page, protocols, published, run, sample, sides, train
 from benchmarks.goals import Goal, Result, by_axes, setting_of
-from benchmarks.measure import by_operator, peak_memory, quartiles, ratio, time_interleaved
+from benchmarks.measure import OTHER, by_operator, kind_of, peak_memory, quartiles, ratio, time_interleaved
 from benchmarks.modes import build_modes, check_modes
 from iwin_dit.nn import IwinAttention
 from iwin_dit.nn.windows import per_axis
@@ -170,7 +173,7 @@ def test_peak_memory():
 def test_rounds_are_interleaved_and_warm_up_is_not_counted():
     order = []
     seconds = time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=3)
-    assert "".join(order) == "ab" * 5
+    assert "".join(order) == "abbaabbaab"  # each begins in its turn
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert quartiles([3.0, 1.0, 2.0]) == (1.5, 2.0, 2.5)
 
@@ -239,14 +242,102 @@ def test_train_command(tmp_path, capsys):
     assert [row["step"] for row in record["rows"]] == [
         *("bare, eager", "whole, eager", "DiT, eager", "matrix product"),
     ]
+    assert {row["what"] for row in record["results"]} == {
+        *("whole step / bare step", "model FLOPs / matrix product peak", "diffusers' DiT, eager / ours, eager"),
+    }
     assert set(record["profile"]) == {"eager"}
     assert all(record["profile"]["eager"][kind] > 0 for kind in ("matrix products", "attention", "convolution"))
+
+
+@pytest.fixture
+def training(tmp_path):
+    """The training of a tiny train suite, eager and at step 0."""
+    arguments = run.parse_arguments(["--suite", "train", *TINY, "--batch-tokens", "512", "--layers", "1"])
+    data.write_synthetic(tmp_path, items=4096, shape=(sides.LATENT_CHANNELS, *train.GRID))
+    with contextlib.ExitStack() as resources:
+        yield train.open_steps(arguments, 2, tmp_path, "eager", resources)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_checking_the_steps_leaves_no_trace(training):
+    before = training.state.snapshot()
+    train.check_steps(training)
+    after = training.state.snapshot()
+    for part in ("model", "ema", "optimizer"):
+        theirs = getattr(before, part)
+        assert theirs.keys() == getattr(after, part).keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in getattr(after, part).items())
+    assert after.state == before.state
+    assert training.metrics.path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"loss": 0.5}, "whole and a bare training step, of '.*', must agree"),
+        ({"lr": 2.0}, "whole and a bare training step, of '.*', must agree"),
+        ({"dropped": "blocks.0.attn.to_v.weight"}, r"bare .* left out blocks\.0\.attn\.to_v\.weight"),
+        ({"halved": "final_layer.linear.bias"}, "of 'final_layer.linear.bias', must agree"),
+    ],
+)
+def test_a_step_that_scales_or_drops_something_is_found(training, monkeypatch, mistake, message):
+    """A bare step with a mistake in it: the loss, the learning rate, or the gradient of one parameter."""
+    state = training.state
+
+    def wrong_step(training, batch):
+        losses, _ = train_dit.batch_losses(training, training.model, batch)
+        (mistake.get("loss", 1.0) * losses.mean()).backward()
+        for name, parameter in state.model.named_parameters():
+            if name == mistake.get("dropped"):
+                parameter.grad = None
+            elif name == mistake.get("halved"):
+                parameter.grad /= 2
+        for group in state.optimizer.param_groups:
+            group["lr"] *= mistake.get("lr", 1.0)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    monkeypatch.setattr(train, "bare_step", wrong_step)
+    with pytest.raises(RuntimeError, match=message):
+        train.check_steps(training)
+
+
+def test_ratios_of_the_train_suite_have_the_direction_of_their_names():
+    seconds = {"DiT, eager": [6.0], "DiT, compiled": [5.0]}
+    seconds |= {"bare, eager": [3.0], "whole, eager": [3.3], "bare, compiled": [2.0], "whole, compiled": [2.5]}
+    shape = sides.Shape((16, 16), 16, 2, (3, 3))
+    found = train.results_of(seconds, ["eager", "compiled"], flops=10.0, peak=[8.0], shape=shape)
+    assert {(result.what, result.mode): result.value[1] for result in found} == {
+        ("whole step / bare step", "eager"): pytest.approx(1.1),
+        ("model FLOPs / matrix product peak", "eager"): pytest.approx(10 / 3.3 / 8),
+        ("diffusers' DiT, eager / ours, eager", "eager"): 2,
+        ("whole step / bare step", "compiled"): 1.25,
+        ("model FLOPs / matrix product peak", "compiled"): 0.5,
+        ("diffusers' DiT, eager / ours, compiled", "compiled"): 3,
+        ("diffusers' DiT, compiled / ours, compiled", "compiled"): 2.5,
+    }
+
+
+def test_ratios_of_a_block_have_the_direction_of_their_names():
+    seconds = {"iwin 8x8": 2.0, "four-copy 8x8": 3.0, "global": 5.0, "floor": 1.0}
+    sized = {name: block.Measured([value], int(10 * value), value, None) for name, value in seconds.items()}
+    row = block.summarise(sides.Shape((16, 16), 16, 2, (3, 3)), 1, (8, 8), sized)
+    expected = {"four-copy / iwin": 1.5, "global / iwin": 2.5, "iwin / floor": 2.0}
+    assert {name: value["time"][1] for name, value in row["ratios"].items()} == expected
+    assert {name: value["memory"] for name, value in row["ratios"].items()} == expected
+    (result,) = block.results({"mode": "eager", **row})
+    assert (result.what, result.value[1]) == ("Iwin block / its floor", 2.0)
 
 
 def test_sample_command(tmp_path, capsys):
     sizes = ["--width", "16", "--heads", "2", "--layers", "1", "--images", "1", "--steps", "3", "--repeats", "1"]
     record = measured(tmp_path, capsys, "--suite", "sample", *sizes, "--modes", "eager")
-    assert [(row["mode"], row["side"]) for row in record["rows"]] == [("eager", "interval"), ("eager", "both")]
+    assert [(row["mode"], row["side"]) for row in record["rows"]] == [
+        *(("eager", "interval"), ("eager", "interval (0, 0.89)"), ("eager", "both")),
+    ]
+    assert [row["what"] for row in record["results"]] == [
+        *("both halves always / guidance interval", "both halves always / guidance interval (0, 0.89)"),
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the memory of this process")
@@ -316,6 +407,84 @@ def test_operators_by_kind():
     assert spent["attention"] == spent["convolution"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            "attention",
+            [
+                "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, "
+                "false, cutlass::bfloat16_t, pytorch_flash::Flash_kernel_traits<64, 128, 128, 4, cutlass::bfloat16_t> "
+                ">, false, false>(pytorch_flash::Flash_fwd_params)",
+                "fmha_cutlassB_bf16_aligned_64x64_k64_sm80(PyTorchMemEffAttention::AttentionBackwardKernel<...>)",
+                "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_64x128x64_4x1x1_kernel0_0",
+                "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+            ],
+        ),
+        (
+            "convolution",
+            [
+                "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel<3, c10::BFloat16, int>(...)",
+                "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64_warpgroupsize1x1x1",
+                "sm80_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x32_stage4",
+                "aten::mkldnn_convolution",
+                "aten::convolution_backward",
+            ],
+        ),
+        (
+            "matrix products",
+            [
+                "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTT",
+                "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off",
+                "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn",
+                "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(...)",
+                "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16>(...)",
+                "aten::addmm",
+            ],
+        ),
+        (
+            "fused elementwise",
+            [
+                "triton_poi_fused_convolution_mul_add_3",
+                "triton_red_fused__to_copy_mean_mul_pow_rsqrt_2",
+                "triton_poi_fused__scaled_dot_product_flash_attention_clone_transpose_5",
+                "cpp_fused_convolution_backward_mul_sum_4",
+            ],
+        ),
+        (
+            "optimizer, clipping, average",
+            [
+                "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
+                "FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float>>",
+                "aten::_fused_adamw_",
+                "aten::_foreach_norm",
+                "aten::_foreach_lerp_",
+            ],
+        ),
+        (
+            "copies",
+            [
+                "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::"
+                "direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}>>(int, ...)",
+                "void at::native::(anonymous namespace)::CatArrayBatchedCopy_contig<...>",
+                "Memcpy HtoD (Pageable -> Device)",
+                "aten::cat",
+            ],
+        ),
+        (
+            OTHER,
+            [
+                "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(...)",
+                "void at::native::_scatter_gather_elementwise_kernel<128, 8, ...>",
+                "Memset (Device)",
+            ],
+        ),
+    ],
+)
+def test_kernels_and_operators_are_sorted_by_what_they_are_for(kind, names):
+    assert {name: kind_of(name) for name in names} == dict.fromkeys(names, kind)
+
+
 def test_ratios_are_taken_round_by_round():
     assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (1.5, 2.0, 2.5)
 
@@ -324,32 +493,59 @@ def test_goals_are_met_or_not_or_not_measured():
     goal = Goal("block", "Iwin block / its floor", "at most", 1.10, 1.15, (16, 16), (8, 8))
     assert goal in goals.GOALS
 
-    def verdicts(*values: float, device: str = "cpu") -> list[str]:
-        found = [Result(goal.what, "eager", (value,) * 3, goal.setting) for value in values]
-        table = goals.goals_table(device, {"block": {"results": goals.as_dicts(found)}}, suites=["block"])
+    def verdicts(*values: float, device: str = "cpu", mode: str = "compiled", **settings: object) -> list[str]:
+        found = [Result(goal.what, mode, (value,) * 3, goal.setting) for value in values]
+        record = {"results": goals.as_dicts(found), "settings": goals.SETTINGS[device] | settings}
+        table = goals.goals_table(device, {"block": record}, suites=["block"])
         return [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[2:]]
 
     assert verdicts() == ["not measured"] * 3
     assert verdicts(1.10, 1.11) == ["met", "**not met**", "not measured", "not measured"]
+    assert verdicts(1.10, mode="eager")[0] == "met"
     assert verdicts(1.12, 1.16, device="cuda")[:2] == ["met", "**not met**"]
+    for other in ({"width": 16}, {"dtype": "bf16"}, {"threads": 1}):
+        assert verdicts(1.05, 1.11, **other)[:2] == ["other setting"] * 2
+    assert verdicts(1.05, device="cuda", mode="eager")[0] == "other setting"
+
+
+def test_the_goals_of_a_suite_are_for_its_own_sizes():
+    settings = {"width": 1152, "dtype": "bf16", "layers": 28, "images": 32, "steps": 50, "threads": 16}
+    for suite, different in (("train", "layers"), ("sample", "images"), ("sample", "steps")):
+        assert goals.has_goals_settings({"settings": settings}, suite, "cuda", "compiled")
+        assert not goals.has_goals_settings({"settings": settings | {different: 2}}, suite, "cuda", "compiled")
+
+
+def test_less_than_global_is_less():
+    (goal,) = (goal for goal in goals.GOALS if goal.bound == "less than")
+    table = []
+    for value in (1.0, 0.999):
+        result = Result(goal.what, "compiled", (value,) * 3, goal.setting)
+        record = {"results": goals.as_dicts([result]), "settings": goals.SETTINGS["cuda"]}
+        table += [
+            line for line in goals.goals_table("cuda", {"model": record}, ["model"]).splitlines() if "less" in line
+        ]
+    assert [line.split(" | ")[-1].removesuffix(" |") for line in table] == ["**not met**", "met"]
 
 
 def test_other_settings_of_a_goal_are_listed_without_one():
     result = Result("Iwin block / its floor", "eager", (1.5,) * 3, setting_of((64, 64), (32, 32), (3, 3)))
-    record = {"results": goals.as_dicts([result])}
+    record = {"results": goals.as_dicts([result]), "settings": goals.SETTINGS["cpu"]}
     table = goals.goals_table("cpu", {"block": json.loads(json.dumps(record))}, suites=["block"])
     assert "| 64x64 | 32x32 (auto) | 3x3 | yes | eager | - | 1.50 | no goal |" in table
 
 
 def test_every_goal_is_measured_in_its_setting():
-    """The defaults of its suite include the grid, and the window is the first of those measured there."""
+    """The defaults of its suite are its settings and include the grid; its window is the first measured there."""
+    grids = {"train": [train.GRID], "sample": [sample.GRID]}  # those of suites without the option
     for goal in goals.GOALS:
         assert goal.suite in run.SUITES
         for device in goals.DEVICES:
             if goal.grid is None or goal.on(device) is None:
                 continue
-            arguments = run.parse_arguments(["--suite", goal.suite, "--device", device])
-            assert goal.grid in [tuple(grid) for grid in getattr(arguments, "grids", [(16, 16)])]
+            words = ["--suite", goal.suite, "--device", device, "--threads", "2"]
+            arguments = run.parse_arguments(words)
+            assert goals.has_goals_settings({"settings": vars(arguments)}, goal.suite, device, arguments.modes[-1])
+            assert goal.grid in (grids.get(goal.suite) or arguments.grids)
             assert goal.window == sides.windows_for(sides.Shape(goal.grid, 16, 2, goals.KERNELS[len(goal.grid)]))[0]
 
 
@@ -359,9 +555,8 @@ def test_both_halves_are_thrown_away_outside_the_interval():
     torch.manual_seed(0)
     transformer = sides.iwin_model(shape, 1, 4).eval()
     latents, _, labels, _ = sides.model_inputs(shape, 2, CPU, torch.float32)
-    pipelines = [
-        kind(transformer, None, sample.FlowMatchEulerDiscreteScheduler()) for kind in sample.PIPELINES.values()
-    ]
+    kinds = [sample.SIDES[name][0] for name in ("interval", "both")]
+    pipelines = [kind(transformer, None, sample.FlowMatchEulerDiscreteScheduler()) for kind in kinds]
     with torch.no_grad():
         for timestep, guided in ((500.0, True), (900.0, False)):
             ours, theirs = (p.predict(latents, torch.tensor(timestep), labels, 4.0, (0.2, 0.7)) for p in pipelines)
@@ -423,6 +618,13 @@ def test_published_numbers_are_met_or_not():
     assert all(near for *_, near in published.compare(ours))
     ours["fid"]["value"] += 0.1
     assert [name for name, *_, near in published.compare(ours) if not near] == ["fid"]
+
+
+def test_a_record_of_another_device_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    (tmp_path / "block-cpu.json").write_text(json.dumps({"suite": "block", "device": "cuda"}))
+    with pytest.raises(ValueError, match="of --suite block --device cpu, got --suite block --device cuda"):
+        page.stored_records("cpu")
 
 
 def test_the_pages_show_the_stored_runs():
