@@ -100,6 +100,7 @@ GOALS = (
     Goal("block", "Iwin block / its floor", "at most", 1.10, 1.15, (16, 16), (8, 8)),
     Goal("block", "Iwin block / its floor", "at most", 1.13, 1.15, (32, 32), (8, 8)),
     Goal("block", "Iwin block / its floor", "at most", 1.18, 1.25, (64, 64), (16, 16)),
+    Goal("video", "global 3-D block / Iwin", "at least", 1.8, None, (16, 16, 16), (8, 8, 8)),
     Goal("video", "global 3-D block / Iwin", "at least", 4, 3, (16, 32, 32), (8, 8, 8)),
     Goal("model", "global model / Iwin", "at least", 1.0, 1.0, (16, 16), (8, 8)),
     Goal("model", "global model / Iwin", "at least", 1.4, 1.1, (32, 32), (8, 8)),

@@ -1,6 +1,8 @@
 """Fixtures that several files share: a digits VAE and latents, made once, untrained for the fast tests."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """Put back what scripts, which some tests run in this process, set for good."""
+    loggers = [logging.getLogger(name) for name in (None, "iwin_dit")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
