@@ -33,13 +33,14 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def levels_of_loggers() -> Iterator[None]:
-    """Put back what scripts, which some tests run in this process, set for good."""
+def state_of_the_process() -> Iterator[None]:
+    """Put back what scripts, which some tests run in this process, set for good: levels of loggers, torch's threads."""
     loggers = [logging.getLogger(name) for name in (None, "iwin_dit")]
-    levels = [logger.level for logger in loggers]
+    levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
