@@ -21,10 +21,11 @@ def pytest_configure() -> None:
     """Give each of several workers a core of its own, for all that it starts: teams of OpenMP threads that share cores
     wait for each other, and what rounds otherwise on more threads rounds alike.
 
-    And keep `keep_freed_memory` out of this process, by a choice of its switch that is glibc's own default: tests of
-    memory ask for what is resident, and would find what others have freed.
+    And keep `keep_freed_memory` out of this process, since tests of memory ask for what is resident: by a choice of its
+    switches, both at what glibc itself comes to, or processes that are started here would be slow.
     """
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 1024))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**26))
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
