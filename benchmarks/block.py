@@ -17,15 +17,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of, window_text
-from benchmarks.measure import Step, peak_memory, quartiles, ratio, time_interleaved
-from benchmarks.modes import build_modes, check_modes
+from benchmarks.measure import Step, quartiles, ratio, time_interleaved
+from benchmarks.modes import build_modes, check_modes, measure_sides
 from benchmarks.options import DTYPES, add_grids, add_sizes, batch_of, shapes
 from benchmarks.sides import (
     LinearLayers,
     Shape,
     TorchConv,
     build_sides,
-    check_agreement,
     forward_backward,
     iwin_block,
     largest_error,
@@ -123,16 +122,11 @@ def measure_grid(shape: Shape, arguments: argparse.Namespace) -> list[dict[str, 
     torch.compiler.reset()  # a size compiled for itself, not as the second case of a dynamic shape
     windows = windows_for(shape)
     sides = {name: block.to(device) for name, block in build_sides(shape, windows).items()}
-    errors = check_agreement(sides, random_inputs(shape, 1, device, torch.float32))
-
-    dtype = DTYPES[arguments.dtype]
-    inputs = random_inputs(shape, batch, device, dtype)
-    modules = build_modes(sides, arguments.modes, dtype)
-    check_modes(sides, modules, inputs)
-    steps: dict[tuple[str, str], Step] = {
-        key: functools.partial(forward_backward, module, inputs) for key, module in modules.items()
-    }
-    seconds, memory = time_interleaved(steps, device, arguments.repeats), peak_memory(steps, device)
+    one, inputs = (
+        random_inputs(shape, count, device, dtype)
+        for count, dtype in ((1, torch.float32), (batch, DTYPES[arguments.dtype]))
+    )
+    errors, seconds, memory = measure_sides(sides, one, inputs, arguments)
     macs = count_macs(shape, windows)
     rows = []
     for mode in arguments.modes:

@@ -2,17 +2,16 @@
 
 import argparse
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import torch
 
 from benchmarks.goals import Result, as_dicts, by_axes, linked, markdown, setting_of, window_text
-from benchmarks.measure import Step, peak_memory, quartiles, ratio, time_interleaved
-from benchmarks.modes import build_modes, check_modes
+from benchmarks.measure import quartiles, ratio
+from benchmarks.modes import measure_sides
 from benchmarks.options import DTYPES, add_grids, add_sizes, batch_of, shapes
-from benchmarks.sides import Denoise, Shape, check_agreement, forward_backward, iwin_model, model_inputs, windows_for
+from benchmarks.sides import Denoise, Shape, iwin_model, model_inputs, windows_for
 
 GRIDS = {"cpu": ((16, 16), (32, 32), (64, 64)), "cuda": ((16, 16), (32, 32), (64, 64), (128, 128))}
 
@@ -80,15 +79,8 @@ def measure_grid(shape: Shape, arguments: argparse.Namespace) -> list[dict[str, 
     torch.manual_seed(0)
     torch.compiler.reset()  # a size compiled for itself, not as the second case of a dynamic shape
     sides = {name: side.to(device) for name, side in build_models(shape, arguments.layers, windows).items()}
-    errors = check_agreement(sides, model_inputs(shape, 1, device, torch.float32))
-
-    inputs = model_inputs(shape, batch, device, dtype)
-    modules = build_modes(sides, arguments.modes, dtype)
-    check_modes(sides, modules, inputs)
-    steps: dict[tuple[str, str], Step] = {
-        key: functools.partial(forward_backward, module, inputs) for key, module in modules.items()
-    }
-    seconds, memory = time_interleaved(steps, device, arguments.repeats), peak_memory(steps, device)
+    inputs = (model_inputs(shape, 1, device, torch.float32), model_inputs(shape, batch, device, dtype))
+    errors, seconds, memory = measure_sides(sides, *inputs, arguments)
     return [
         {
             "mode": mode,

@@ -1,12 +1,24 @@
-"""The same modules eager and compiled, checked against each other; knows nothing of what they compute."""
+"""The same modules eager and compiled, checked against each other and measured; knows nothing of what they compute."""
 
+import argparse
 import copy
+import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from benchmarks.sides import TOLERANCE, ModuleT, forward_backward, largest_error, require_agreement
+from benchmarks.measure import Step, peak_memory, time_interleaved
+from benchmarks.options import DTYPES
+from benchmarks.sides import (
+    TOLERANCE,
+    ModuleT,
+    check_agreement,
+    forward_backward,
+    largest_error,
+    require_agreement,
+)
 from iwin_dit.models.transformer import compile_options
 from iwin_dit.nn import IwinDiTBlock
 
@@ -61,3 +73,44 @@ def check_modes(
             exact = forward_backward(copy.deepcopy(eager[name]).float(), in_float32)
             ours, theirs = (largest_error(forward_backward(m, inputs), exact) for m in (module, eager[name]))
             require_agreement(f"'{name}' compiled and eager", ours, max(TOLERANCE, 2 * theirs))
+
+
+class Sides(NamedTuple):
+    """What is known of competing modules: by name, and by (mode, name).
+
+    `errors`, those of `check_agreement`; `seconds`, of forward and backward, one per round; `memory`, peak bytes.
+    """
+
+    errors: dict[str, float]
+    seconds: dict[tuple[str, str], list[float]]
+    memory: dict[tuple[str, str], int]
+
+
+def measure_sides(
+    sides: Mapping[str, nn.Module],
+    one: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    arguments: argparse.Namespace,
+) -> Sides:
+    """Check modules against their twins and compiled against eager ones, then time and weigh all of them in turn.
+
+    Args:
+        sides: Modules by name, float32, on the device; they are cast.
+        one: Inputs of one sample, float32, for the check.
+        inputs: Of a batch, in the dtype of `arguments`.
+        arguments: As prepared by a suite: `device`, `dtype`, `modes`, `repeats`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        RuntimeError: If modules that should agree do not.
+    """
+    device = torch.device(arguments.device)
+    errors = check_agreement(sides, one)
+    modules = build_modes(sides, arguments.modes, DTYPES[arguments.dtype])
+    check_modes(sides, modules, inputs)
+    steps: dict[tuple[str, str], Step] = {
+        key: functools.partial(forward_backward, module, inputs) for key, module in modules.items()
+    }
+    return Sides(errors, time_interleaved(steps, device, arguments.repeats), peak_memory(steps, device))
