@@ -17,6 +17,7 @@ from iwin_dit import IwinDiTPipeline
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.digits import MIN_PSNR, Digits
 from iwin_dit.data.sources import split_indices
+from iwin_dit.training.runtime import MALLOC_SWITCHES
 from tests.tools import fenced
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
@@ -36,8 +37,8 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, script: str, *arguments: str) -> str:
     """Run a script through accelerate launch, as the README does; return what it printed."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"] if script != "sample" else [sys.executable]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment.pop("OMP_NUM_THREADS", None)
+    ours = ("OMP_NUM_THREADS", *MALLOC_SWITCHES)  # as for a user, not as tests/conftest.py sets them
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*launch, str(ROOT / SCRIPTS[script]), *arguments],
         cwd=folder,
