@@ -104,7 +104,10 @@ KINDS = {
     "fused elementwise": ("cpp_fused", "triton_", "CompiledFxGraph"),
     "attention": ("attention", "flash", "fmha"),
     "convolution": ("convolution", "conv2d", "conv3d", "conv_depthwise", "implicit_gemm", "fprop", "dgrad", "wgrad"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "gemv", "nvjet", "cutlass", "splitK"),
+    "matrix products": (
+        *("onednn_mm", "linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm"),
+        *("gemm", "gemv", "nvjet", "cutlass", "splitK"),
+    ),
     "optimizer, clipping, average": ("adam", "_foreach", "lerp", "multi_tensor_apply"),
     "copies": ("copy", "aten::cat", "CatArray", "contiguous", "clone", "Memcpy"),
 }

@@ -1,16 +1,17 @@
 """The same modules eager and compiled, checked against each other and measured; knows nothing of what they compute."""
 
 import argparse
+import contextlib
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.measure import Step, peak_memory, time_interleaved
-from benchmarks.options import DTYPES
+from benchmarks.options import DTYPES, MODES
 from benchmarks.sides import (
     TOLERANCE,
     ModuleT,
@@ -19,7 +20,7 @@ from benchmarks.sides import (
     largest_error,
     require_agreement,
 )
-from iwin_dit.models.transformer import compile_options
+from iwin_dit.models.compilation import compile_options
 from iwin_dit.nn import IwinDiTBlock
 
 
@@ -30,7 +31,7 @@ def build_modes(
 
     Args:
         modules: By name; they are cast in place.
-        modes: "eager", "compiled" or both.
+        modes: Keys of `MODES`.
         dtype: Of weights.
 
     Returns:
@@ -40,18 +41,28 @@ def build_modes(
     for mode in modes:
         for name, module in modules.items():
             module.to(dtype)
-            built[mode, name] = module if mode == "eager" else compiled(module)
+            built[mode, name] = module if mode == "eager" else compiled(module, mode)
     return built
 
 
-def compiled(module: ModuleT) -> ModuleT:
+def options_of(mode: str, device: torch.device) -> dict[str, Any]:
+    """The compiler's options in a mode that is compiled, a key of `MODES`."""
+    return compile_options(device) | (MODES[mode] or {})
+
+
+def compiled(module: ModuleT, mode: str) -> ModuleT:
     """Compile a copy of a module: its Iwin blocks, as `train.compile` does, or, where it has none, all of it."""
     copied = copy.deepcopy(module)
     blocks = [part for part in copied.modules() if isinstance(part, IwinDiTBlock)]
     targets: Sequence[nn.Module] = blocks or [copied]
     for part in targets:
-        part.compile(fullgraph=True, dynamic=False, options=compile_options(next(part.parameters()).device))
+        part.compile(fullgraph=True, dynamic=False, options=options_of(mode, next(part.parameters()).device))
     return copied
+
+
+def as_many_variants_as(built: Mapping[tuple[str, str], nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Let the compiler build a variant of a forward pass for every module; it gives up at 8 of the same class."""
+    return torch._dynamo.config.patch(recompile_limit=max(8, len(built)))
 
 
 def check_modes(
@@ -72,7 +83,7 @@ def check_modes(
         if mode != "eager":
             exact = forward_backward(copy.deepcopy(eager[name]).float(), in_float32)
             ours, theirs = (largest_error(forward_backward(m, inputs), exact) for m in (module, eager[name]))
-            require_agreement(f"'{name}' compiled and eager", ours, max(TOLERANCE, 2 * theirs))
+            require_agreement(f"'{name}' {mode} and eager", ours, max(TOLERANCE, 2 * theirs))
 
 
 class Sides(NamedTuple):
@@ -109,8 +120,9 @@ def measure_sides(
     device = torch.device(arguments.device)
     errors = check_agreement(sides, one)
     modules = build_modes(sides, arguments.modes, DTYPES[arguments.dtype])
-    check_modes(sides, modules, inputs)
     steps: dict[tuple[str, str], Step] = {
         key: functools.partial(forward_backward, module, inputs) for key, module in modules.items()
     }
-    return Sides(errors, time_interleaved(steps, device, arguments.repeats), peak_memory(steps, device))
+    with as_many_variants_as(modules):
+        check_modes(sides, modules, inputs)
+        return Sides(errors, time_interleaved(steps, device, arguments.repeats), peak_memory(steps, device))

@@ -11,11 +11,24 @@ from benchmarks.goals import KERNELS, by_axes
 from benchmarks.sides import Shape, windows_for
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-MODES = ("eager", "compiled")
+# Modes with the compiler's options that they add to the library's own (`compile_options`); None is not compiled.
+# "-aten" leaves matrix products to the library that eager code uses, "-plain" everything to torch.
+MODES: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {},
+    "compiled-aten": {"post_grad_custom_post_pass": None},
+    "compiled-plain": {"post_grad_custom_post_pass": None, "layout_optimization": True},
+}
 # The sizes of the goals: S's width on a CPU, XL/1 on a GPU. Batches keep their tokens at every size of the grid.
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"dtype": "float32", "modes": list(MODES), "width": 384, "heads": 6, "layers": 4, "batch_tokens": 4096},
-    "cuda": {"dtype": "bf16", "modes": ["compiled"], "width": 1152, "heads": 16, "layers": 28, "batch_tokens": 16384},
+    "cpu": {
+        **{"dtype": "float32", "modes": ["eager", "compiled", "compiled-aten"]},
+        **{"width": 384, "heads": 6, "layers": 4, "batch_tokens": 4096},
+    },
+    "cuda": {
+        **{"dtype": "bf16", "modes": ["compiled"]},
+        **{"width": 1152, "heads": 16, "layers": 28, "batch_tokens": 16384},
+    },
 }
 
 
@@ -62,8 +75,21 @@ def add_grids(parser: argparse.ArgumentParser, device: str, grids: Sequence[tupl
     rank = len(grids[0])
     parser.add_argument("--grids", type=per_axis_sizes, nargs="+", default=list(grids), help="of tokens, HxW or TxHxW")
     parser.add_argument("--kernel", type=per_axis_sizes, default=KERNELS[rank], help="K of the convolution per axis")
-    modes = "compiled: the Iwin blocks of a side, as train.compile does, or all of it where it has none"
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=SIZES[device]["modes"], help=modes)
+    add_modes(parser, device)
+
+
+def add_modes(parser: argparse.ArgumentParser, device: str) -> None:
+    """Add the modes to measure in.
+
+    Args:
+        parser: Of a suite.
+        device: Chooses the default.
+    """
+    meaning = (
+        "compiled: the Iwin blocks of a side, as train.compile does, or all of it where it has none; compiled-aten: "
+        "with matrix products by the library that eager code uses; compiled-plain: with torch's own options"
+    )
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=SIZES[device]["modes"], help=meaning)
 
 
 def shapes(arguments: argparse.Namespace, rank: int) -> list[Shape]:

@@ -18,23 +18,25 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 def stored_records(device: str) -> dict[str, Any]:
-    """Read the stored results of a device, by suite.
+    """Read the stored results of a device, by what stands before it in their names: SUITE or SUITE-WORD.
 
     Args:
         device: A key of `DEVICES`.
 
     Returns:
-        Records as they were written.
+        Records as they were written; the goals table takes those of a SUITE alone.
 
     Raises:
         ValueError: If a file holds the record of another device or suite than its name says.
     """
-    paths = {suite: RESULTS / f"{suite}-{device}.json" for suite in SUITES}
-    records = {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.exists()}
-    for suite, record in records.items():
+    records = {}
+    for path in sorted(RESULTS.glob(f"*-{device}.json")):
+        name = path.stem.removesuffix(f"-{device}")
+        suite, record = name.partition("-")[0], json.loads(path.read_text())
         if (record["suite"], record["device"]) != (suite, device):
             found = f"--suite {record['suite']} --device {record['device']}"
-            raise ValueError(f"{paths[suite]} must hold a run of --suite {suite} --device {device}, got {found}")
+            raise ValueError(f"{path} must hold a run of --suite {suite} --device {device}, got {found}")
+        records[name] = record
     return records
 
 
@@ -43,7 +45,7 @@ def render(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
 
     Args:
         text: The page.
-        records: By device, then by suite.
+        records: By device, then by name (`stored_records`).
 
     Returns:
         The page, with what the records say.
@@ -60,14 +62,14 @@ def _table(name: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     if name.startswith("goals "):
         device = name.removeprefix("goals ")
         return goals_table(device, records[device])
-    suite, _, device = name.removesuffix(".json").partition("-")
-    if suite not in records[device]:
+    kind, _, device = name.removesuffix(".json").rpartition("-")
+    if kind not in records[device]:
         return "Not measured."
-    record = records[device][suite]
+    record = records[device][kind]
     machine = record["machine"]
     commit = (machine["commit"] or "unknown")[:7] + ("-dirty" if str(machine["commit"]).endswith("-dirty") else "")
     origin = f"[JSON](../benchmarks/results/{name}): {machine['device']}, {machine['threads']} threads, commit {commit}"
-    return f"{SUITES[suite].tables(record)}\n\n{origin}."
+    return f"{SUITES[record['suite']].tables(record)}\n\n{origin}."
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from benchmarks.goals import Result, as_dicts, markdown, setting_of
 from benchmarks.measure import Step, quartiles, ratio, time_interleaved
 from benchmarks.modes import compiled
-from benchmarks.options import DTYPES, MODES, SIZES, add_sizes, positive
+from benchmarks.options import DTYPES, add_modes, add_sizes, positive
 from benchmarks.sides import TOLERANCE, Shape, iwin_model, largest_error, require_agreement, windows_for
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
 
@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser, suite: str, device: str) -> Non
     add_sizes(parser, device, batch=False)
     parser.add_argument("--images", type=positive, default=IMAGES[device], help="in a batch")
     parser.add_argument("--steps", type=positive, default=STEPS[device], help="of the sampler")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=SIZES[device]["modes"])
+    add_modes(parser, device)
     parser.set_defaults(repeats=7)
 
 
@@ -82,9 +82,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     transformer = iwin_model(shape, arguments.layers, window).eval().requires_grad_(False).to(device)
     exact = check_halves(transformer, arguments)
     transformer.to(dtype)
-    models = {mode: transformer if mode == "eager" else compiled(transformer) for mode in arguments.modes}
-    if "compiled" in models:
-        check_compiled(models["compiled"], transformer, exact, arguments)
+    models = {mode: transformer if mode == "eager" else compiled(transformer, mode) for mode in arguments.modes}
+    for model in models.values():
+        if model is not transformer:
+            check_compiled(model, transformer, exact, arguments)
     steps: dict[tuple[str, str], Step] = {
         (mode, name): functools.partial(draw, *side, model, arguments)
         for mode, model in models.items()

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,8 @@ import train_dit
 from benchmarks.data import write_synthetic
 from benchmarks.goals import Result, as_dicts, markdown, setting_of
 from benchmarks.measure import Step, by_operator, quartiles, ratio, time_interleaved
-from benchmarks.options import DTYPES, MODES, SIZES, add_sizes, batch_of
+from benchmarks.modes import options_of
+from benchmarks.options import DTYPES, MODES, add_modes, add_sizes, batch_of
 from benchmarks.sides import (
     LATENT_CHANNELS,
     TOLERANCE,
@@ -39,6 +41,7 @@ from benchmarks.sides import (
 )
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
+from iwin_dit.models.compilation import onednn_mm, onednn_multiplies_faster
 from iwin_dit.training.batches import Batch, MicroBatches
 from iwin_dit.training.config import Config, parse_config
 from iwin_dit.training.log import Meter, MetricsLog
@@ -53,7 +56,7 @@ NO_CLIPPING = 1e9  # a norm that no gradient has: clipping does all its work and
 def add_options(parser: argparse.ArgumentParser, suite: str, device: str) -> None:  # noqa: ARG001  (those of a Suite)
     """Add the suite's options; the defaults are those of the goals."""
     add_sizes(parser, device)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=SIZES[device]["modes"], help="of our steps")
+    add_modes(parser, device)
     parser.set_defaults(repeats=15)
 
 
@@ -95,11 +98,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             steps[f"whole, {mode}"] = functools.partial(next, whole_steps(training))
         for mode in dict.fromkeys(["eager", *arguments.modes]):
             steps[f"DiT, {mode}"] = dit_step(training, shape, arguments.layers, batch, mode)
-        steps["matrix product"] = matrix_product(arguments)
+        products = matrix_products(arguments)
+        steps |= products
         seconds = time_interleaved(steps, device, arguments.repeats)
         profile = {mode: by_operator(steps[f"whole, {mode}"], device) for mode in arguments.modes}
         flops = 3 * forward_flops(training) * batch_size
-    peak = [2 * PEAK_SIDE[arguments.device] ** 3 / s for s in seconds["matrix product"]]
+    fastest = [min(times) for times in zip(*(seconds[name] for name in products), strict=True)]
+    peak = [2 * PEAK_SIDE[arguments.device] ** 3 / s for s in fastest]
     return {
         "results": as_dicts(results_of(seconds, arguments.modes, flops, peak, shape)),
         "rows": [
@@ -133,11 +138,10 @@ def results_of(
         found.append(Result("whole step / bare step", mode, ratio(whole, bare), setting))
         speed = [flops / s for s in whole]
         found.append(Result("model FLOPs / matrix product peak", mode, ratio(speed, peak), setting))
-        theirs = MODES if mode == "compiled" else ("eager",)
-        found += [
-            Result(f"diffusers' DiT, {other} / ours, {mode}", mode, ratio(seconds[f"DiT, {other}"], bare), setting)
-            for other in theirs
-        ]
+        for other in dict.fromkeys(["eager", mode]):
+            theirs, ours = (name.partition("-")[0] for name in (other, mode))  # "compiled", whatever the options
+            what = f"diffusers' DiT, {theirs} / ours, {ours}"
+            found.append(Result(what, mode, ratio(seconds[f"DiT, {other}"], bare), setting))
     return found
 
 
@@ -150,7 +154,7 @@ def open_steps(
         arguments: As prepared.
         batch_size: Samples per step.
         folder: Of the latents.
-        mode: "eager" or "compiled".
+        mode: A key of `MODES`.
         resources: Is given the run folder.
 
     Returns:
@@ -195,7 +199,8 @@ def step_config(arguments: argparse.Namespace, batch_size: int, run: Path, mode:
         "model.num_classes": CLASSES,
         "model.window_size": 8,
         "train.batch_size": batch_size,
-        "train.compile": str(mode == "compiled").lower(),
+        "train.compile": str(mode != "eager").lower(),
+        "train.compile_options": json.dumps(MODES[mode] or {}),
         "optim.max_grad_norm": NO_CLIPPING,
         "log.every": 1,
     }
@@ -293,7 +298,7 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
         shape: Of the model.
         layers: Blocks.
         batch: In memory.
-        mode: "eager", as diffusers ships it, or "compiled".
+        mode: A key of `MODES`: "eager", as diffusers ships it, or compiled as a whole, with the options of ours.
 
     Returns:
         The step.
@@ -309,8 +314,8 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
         num_embeds_ada_norm=CLASSES,
     )
     dit.to(training.accelerator.device).train()
-    if mode == "compiled":
-        dit.compile(dynamic=False)
+    if mode != "eager":
+        dit.compile(dynamic=False, options=options_of(mode, training.accelerator.device))
     optim = training.config.optim
     optimizer = torch.optim.AdamW(
         dit.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
@@ -326,11 +331,14 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
     return step
 
 
-def matrix_product(arguments: argparse.Namespace) -> Step:
-    """The product of two large square matrices in the precision of the step, for its peak."""
+def matrix_products(arguments: argparse.Namespace) -> dict[str, Step]:
+    """The product of two large square matrices in the precision of the step, by all libraries that a step may use."""
     side, dtype = PEAK_SIDE[arguments.device], DTYPES[arguments.dtype]
     a, b = (torch.randn(side, side, device=arguments.device, dtype=dtype) for _ in range(2))
-    return functools.partial(torch.mm, a, b)
+    steps: dict[str, Step] = {"matrix product": functools.partial(torch.mm, a, b)}
+    if arguments.device == "cpu" and dtype == torch.float32 and onednn_multiplies_faster():
+        steps["matrix product, oneDNN"] = functools.partial(onednn_mm, a, b)
+    return steps
 
 
 def forward_flops(training: Training) -> int:

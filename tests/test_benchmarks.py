@@ -18,7 +18,8 @@ import train_dit
 from benchmarks import block, data, evaluation, goals, page, protocols, published, run, sample, sides, train
 from benchmarks.goals import Goal, Result, by_axes, setting_of
 from benchmarks.measure import OTHER, by_operator, kind_of, peak_memory, quartiles, ratio, time_interleaved
-from benchmarks.modes import build_modes, check_modes
+from benchmarks.modes import as_many_variants_as, build_modes, check_modes, options_of
+from iwin_dit.models.compilation import compile_options, onednn_multiplies_faster
 from iwin_dit.nn import IwinAttention
 from iwin_dit.nn.windows import per_axis
 from tests.tools import relative_error
@@ -239,9 +240,9 @@ def test_model_command(tmp_path, capsys):
 def test_train_command(tmp_path, capsys):
     batch = ["--batch-tokens", "512", "--layers", "1"]
     record = measured(tmp_path, capsys, "--suite", "train", *TINY, *batch)
-    assert [row["step"] for row in record["rows"]] == [
-        *("bare, eager", "whole, eager", "DiT, eager", "matrix product"),
-    ]
+    steps = [row["step"] for row in record["rows"]]
+    assert steps[:4] == ["bare, eager", "whole, eager", "DiT, eager", "matrix product"]
+    assert steps[4:] == ["matrix product, oneDNN"] * onednn_multiplies_faster()
     assert {row["what"] for row in record["results"]} == {
         *("whole step / bare step", "model FLOPs / matrix product peak", "diffusers' DiT, eager / ours, eager"),
     }
@@ -303,10 +304,12 @@ def test_a_step_that_scales_or_drops_something_is_found(training, monkeypatch, m
 
 
 def test_ratios_of_the_train_suite_have_the_direction_of_their_names():
-    seconds = {"DiT, eager": [6.0], "DiT, compiled": [5.0]}
+    seconds = {"DiT, eager": [6.0], "DiT, compiled": [5.0], "DiT, compiled-aten": [5.5]}
     seconds |= {"bare, eager": [3.0], "whole, eager": [3.3], "bare, compiled": [2.0], "whole, compiled": [2.5]}
+    seconds |= {"bare, compiled-aten": [2.2], "whole, compiled-aten": [2.75]}
     shape = sides.Shape((16, 16), 16, 2, (3, 3))
-    found = train.results_of(seconds, ["eager", "compiled"], flops=10.0, peak=[8.0], shape=shape)
+    modes = ["eager", "compiled", "compiled-aten"]
+    found = train.results_of(seconds, modes, flops=10.0, peak=[8.0], shape=shape)
     assert {(result.what, result.mode): result.value[1] for result in found} == {
         ("whole step / bare step", "eager"): pytest.approx(1.1),
         ("model FLOPs / matrix product peak", "eager"): pytest.approx(10 / 3.3 / 8),
@@ -315,6 +318,10 @@ def test_ratios_of_the_train_suite_have_the_direction_of_their_names():
         ("model FLOPs / matrix product peak", "compiled"): 0.5,
         ("diffusers' DiT, eager / ours, compiled", "compiled"): 3,
         ("diffusers' DiT, compiled / ours, compiled", "compiled"): 2.5,
+        ("whole step / bare step", "compiled-aten"): pytest.approx(1.25),
+        ("model FLOPs / matrix product peak", "compiled-aten"): pytest.approx(10 / 2.75 / 8),
+        ("diffusers' DiT, eager / ours, compiled", "compiled-aten"): pytest.approx(6 / 2.2),
+        ("diffusers' DiT, compiled / ours, compiled", "compiled-aten"): pytest.approx(2.5),
     }
 
 
@@ -382,12 +389,21 @@ def test_compiled_copies_agree_with_the_eager_modules(modules, inputs):
     torch.compiler.reset()
     built = build_modes(modules, ["eager", "compiled"], torch.float32)
     assert all(built["eager", name] is module for name, module in modules.items())
-    check_modes(modules, built, inputs)
-    with torch.no_grad():
-        for parameter in modules["global"].attn.parameters():
-            parameter.mul_(2)
-    with pytest.raises(RuntimeError, match="'global' compiled and eager must agree"):
+    with as_many_variants_as(built):
         check_modes(modules, built, inputs)
+        with torch.no_grad():
+            for parameter in modules["global"].attn.parameters():
+                parameter.mul_(2)
+        with pytest.raises(RuntimeError, match="'global' compiled and eager must agree"):
+            check_modes(modules, built, inputs)
+
+
+def test_modes_add_to_the_librarys_options():
+    ours = compile_options(CPU)
+    compiled, aten, plain = (options_of(mode, CPU) for mode in ("compiled", "compiled-aten", "compiled-plain"))
+    assert compiled.keys() == ours.keys()
+    assert aten == ours | {"post_grad_custom_post_pass": None}
+    assert plain == {"post_grad_custom_post_pass": None, "layout_optimization": True}
 
 
 def test_low_precision_may_be_off_by_twice_what_eager_code_is(modules, inputs):
@@ -440,6 +456,8 @@ def test_operators_by_kind():
                 "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(...)",
                 "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16>(...)",
                 "aten::addmm",
+                "iwin_dit::onednn_mm",
+                "mkldnn::_linear_pointwise",
             ],
         ),
         (

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
-from torch._inductor.utils import run_and_get_code
 
 from iwin_dit import IwinDiTTransformer2DModel, preset
 from iwin_dit.models import PRESETS
-from iwin_dit.models.transformer import COMPILE_OPTIONS
 from tests.tools import relative_error, tiny_model
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -251,45 +249,6 @@ def test_repeated_blocks_compile_without_graph_breaks(size):
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(model, x), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "transposed"),
-    [({}, False), ({"options": {"epilogue_fusion": True}}, False), ({"options": {"layout_optimization": True}}, True)],
-)
-def test_the_compiled_block_equals_the_plain_one_and_does_not_transpose_the_tokens(options, transposed):
-    """Outputs and gradients; and where the compiler is left to itself, it lays the tokens out with H innermost."""
-    H, W, C = 8, 8, 16
-    plain, model = (tiny_model(window_size=4).double() for _ in range(2))
-    torch.compiler.reset()
-    model.compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
-    found, codes = run_and_get_code(lambda: gradients(model))
-    assert found.keys() == (expected := gradients(plain)).keys()
-    for name, gradient in found.items():
-        assert relative_error(gradient, expected[name]) < 1e-9, name
-    assert any(f"({H * W * C}, 1, {W * C}, {H})" in code for code in codes) == transposed
-
-
-def test_options_of_the_compiler(monkeypatch):
-    """Ours are for a CPU alone, and added to the user's; a mode or a backend excludes them."""
-    given = []
-    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", lambda self, *args, **kwargs: given.append(kwargs))
-    calls = [{}, {"options": {"max_autotune": True}}, {"options": {"layout_optimization": True}}]
-    for model, options in ((tiny_model(), COMPILE_OPTIONS), (tiny_model().to("meta"), {})):
-        for call in calls:
-            model.compile_repeated_blocks(fullgraph=True, **call)
-            assert given.pop() == {"fullgraph": True, "options": options | call.get("options", {})}
-        for call in ({"mode": "reduce-overhead"}, {"backend": "eager"}):
-            model.compile_repeated_blocks(**call)
-            assert given.pop() == call
-
-
-def gradients(model):
-    """The output, and the gradients of all weights that have one."""
-    output = model(X.double(), T.double(), Y, return_dict=False)[0]
-    output.square().mean().backward()
-    return {"output": output} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_the_whole_model_compiles_without_graph_breaks():

@@ -20,6 +20,7 @@ import train_dit
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.data.latents import LatentDataset, LatentStore, positions_to_indices
 from iwin_dit.data.manifest import Manifest
+from iwin_dit.models.compilation import compile_options
 from iwin_dit.training import summary
 from iwin_dit.training.batches import Batch, MicroBatches
 from iwin_dit.training.config import OptimConfig, TrainConfig, parse_config
@@ -427,12 +428,27 @@ def test_a_weights_and_biases_run_without_network(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_dry_run_says_what_makes_it_fast(compiled, kept, monkeypatch):
     monkeypatch.setattr(summary, "keeps_freed_memory", lambda: kept)
-    config = parse_config(["--config", DIGITS, "--train.compile", str(compiled).lower()])
-    (line,) = (line for line in describe(config, samples_per_pass=1).splitlines() if line.startswith("speed"))
-    assert ("{'layout_optimization': False}" in line) == compiled
-    assert ("blocks not compiled" in line) != compiled
-    assert ("MALLOC_TRIM_THRESHOLD_" in line) == kept
-    assert ("left to the C library" in line) != kept
+    options = ["--train.compile_options", '{"max_autotune": true}'] if compiled else []
+    config = parse_config(["--config", DIGITS, "--train.compile", str(compiled).lower(), *options])
+    blocks, memory = (line for line in describe(config, samples_per_pass=1).splitlines() if line.startswith("speed"))
+    expected = compile_options(torch.device("cpu")) | {"max_autotune": True}
+    assert (f"options on a CPU: {expected}; on a GPU: {{'max_autotune': True}}" in blocks) == compiled
+    assert ("blocks not compiled" in blocks) != compiled
+    assert ("MALLOC_TRIM_THRESHOLD_" in memory) == kept
+    assert ("left to the C library" in memory) != kept
+
+
+@pytest.mark.parametrize(
+    ("compiled", "options", "message"),
+    [
+        ("false", '{"max_autotune": true}', "needs train.compile true"),
+        ("true", '{"max_autotun": true}', "no 'max_autotun', did you mean max_autotune"),
+    ],
+)
+def test_options_of_the_compiler_that_cannot_work(compiled, options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--config", DIGITS, "--train.compile", compiled, "--train.compile_options", options])
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_trains_nothing(tmp_path, caplog):

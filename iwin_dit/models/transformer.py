@@ -30,19 +30,11 @@ from ..nn import (
 )
 from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
-
-# The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
-# tokens, (B, H, W, C), to an order with H innermost (docs/performance.md). Measured on a CPU, and so for CPUs alone.
-COMPILE_OPTIONS = {"layout_optimization": False}
+from .compilation import compile_options
 
 Size = int | tuple[int, ...]
 Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
 SingleFrame = Literal["refuse", "repeat"]
-
-
-def compile_options(device: torch.device) -> dict[str, Any]:
-    """Return the options of torch's compiler for blocks on a device: `COMPILE_OPTIONS` on a CPU, elsewhere none."""
-    return dict(COMPILE_OPTIONS) if device.type == "cpu" else {}
 
 
 def window_schedule(window_size: Windows, rank: int, num_layers: int) -> tuple[tuple[int, ...], ...]:

@@ -166,6 +166,8 @@ class TrainConfig:
         gradient_checkpointing: Recompute blocks in the backward pass, for memory.
         compile: Compile the repeated block, once for every window of a schedule, and once more where some steps are of
             single frames and others not; of more than 8 such variants it is refused.
+        compile_options: Of torch's compiler (`torch._inductor.config`), by name; they are added to ours and win over
+            them.
         ema_halflife_images: Images after which a weight counts half in the averaged weights; a twentieth of the images
             seen so far where that is less. 1,774,000 is DiT's decay of 0.9999 per step of 256.
         max_skipped_steps: So many steps with a non-finite loss or gradient in a row end the run.
@@ -181,6 +183,7 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    compile_options: dict[str, Any] = field(default_factory=dict)
     ema_halflife_images: int = 1_774_000
     max_skipped_steps: int = 20
     max_time: float | None = None
@@ -418,7 +421,9 @@ class Config:
                 )
 
     def _check_compilation(self) -> None:
-        """Raise a ValueError for more variants of the block than the compiler builds, or the first step ends."""
+        """Raise a ValueError for options that the compiler does not have, or more variants than it builds."""
+        if self.train.compile_options:
+            self._check_compile_options(self.train.compile_options)
         if not self.train.compile or self.model["window_size"] == "auto":
             return
         rank = MODELS[self.modality].rank
@@ -430,6 +435,18 @@ class Config:
                 f"model.window_size{' for clips and for single frames' if lengths == 2 else ''}: use fewer, or set "
                 "train.compile to false"
             )
+
+    def _check_compile_options(self, options: dict[str, Any]) -> None:
+        from torch._inductor import config as inductor  # takes most of a second, and few need it
+
+        if not self.train.compile:
+            raise ValueError(f"train.compile_options needs train.compile true, got {options}")
+        known = inductor.get_config_copy()
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f", did you mean {' or '.join(close)}?" if close else ""
+                raise ValueError(f"train.compile_options: torch._inductor.config has no {name!r}{hint}")
 
     def build_objective(self) -> Objective:
         """Return the objective that trains."""

@@ -67,7 +67,13 @@ def check_run(config: Config, resolved: dict[str, str] | None = None) -> None:
         return
     # a key that is newer than the record had its default, whatever it does now
     before, now = _defaults(config) | _flatten(_read_record(record)), _flatten(_record(config, resolved or {}))
-    free_sections = ("log.", "eval.", "packages.", *(() if resolved is not None else ("resolved.",)))
+    free_sections = (
+        "log.",
+        "eval.",
+        "packages.",
+        "train.compile_options.",
+        *(() if resolved is not None else ("resolved.",)),
+    )
     changed = sorted(
         key
         for key in before.keys() | now.keys()

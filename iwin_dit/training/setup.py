@@ -232,7 +232,7 @@ def open_state(
     model.to(accelerator.device)
     ema = EMA(model, config.train.ema_halflife_images)
     if config.train.compile:
-        model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=True, options=config.train.compile_options)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.transformer import COMPILE_OPTIONS, IwinDiTCore
+from ..models.compilation import compile_options
+from ..models.transformer import IwinDiTCore
 from .config import Config
 from .runtime import MALLOC_SWITCHES, keeps_freed_memory
 
@@ -38,7 +39,7 @@ def describe(config: Config, samples_per_pass: int) -> str:
             f"tokens       {math.prod(model.base_grid)} per {sample}, grid {model.base_grid}",
             *(f"exchange     {exchange}" for exchange in model.global_exchange()),
             f"arithmetic   {flops / 2e9:.3f} GMACs per {sample}, forward ('Gflops' in DiT's tables)",
-            f"speed        {_speed(config)}",
+            *(f"speed        {line}" for line in _speed(config)),
             f"memory       {parameters * STATE_BYTES / gib:.2f} GiB for weights, gradients, Adam and average",
             f"             {activations * samples_per_pass / gib:.2f} GiB for the activations of {samples_per_pass} "
             f"{sample}s per pass, in float32; about half in bf16",
@@ -46,12 +47,16 @@ def describe(config: Config, samples_per_pass: int) -> str:
     )
 
 
-def _speed(config: Config) -> str:
-    """What makes a step faster and changes numbers by rounding at most, and what switches it."""
-    compiled = f"blocks compiled, on a CPU with {COMPILE_OPTIONS}"
-    blocks = compiled if config.train.compile else "blocks not compiled (train.compile)"
+def _speed(config: Config) -> list[str]:
+    """What makes a step faster and changes numbers by rounding at most, and what switches it; a line each."""
+    given = config.train.compile_options
+    on_cpu = compile_options(torch.device("cpu")) | given
+    compiled = f"blocks compiled (options on a CPU: {on_cpu}; on a GPU: {given})"
     asked = f"on a CPU, glibc is asked to keep freed memory (off: {' or '.join(MALLOC_SWITCHES)})"
-    return f"{blocks}; {asked if keeps_freed_memory() else 'freed memory is left to the C library'}"
+    return [
+        compiled if config.train.compile else "blocks not compiled (train.compile)",
+        asked if keeps_freed_memory() else "freed memory is left to the C library",
+    ]
 
 
 def _measure(model: IwinDiTCore, forward: Callable[[], torch.Tensor]) -> tuple[int, int]:

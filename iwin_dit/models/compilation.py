@@ -1,0 +1,102 @@
+"""What torch's compiler is told about the repeated block, by device; each choice was measured (docs/performance.md).
+
+On a CPU alone, for nothing was measured elsewhere. Neither option changes a number by more than rounding, and each is
+switched off by giving torch's own value: `layout_optimization=True`, `post_grad_custom_post_pass=None`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@torch.library.custom_op("iwin_dit::onednn_mm", mutates_args=())
+def onednn_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply float32 matrices on a CPU by oneDNN; the plain twin is `plain_mm`.
+
+    Args:
+        a: (n, k), any strides.
+        b: (k, m), any strides.
+        bias: (m,), added to every row.
+
+    Returns:
+        (n, m), contiguous.
+    """
+    if not a.shape[1]:
+        return plain_mm(a, b, bias)  # oneDNN refuses a sum of nothing, which an empty batch's gradient of weights is
+    if bias is None and not a.is_contiguous() and a.numel() > b.numel() + a.shape[0] * b.shape[1]:
+        # oneDNN would copy a; to transpose a small b and the product is cheaper (the gradient of a wide layer's weight)
+        return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t().contiguous()
+    bias = None if bias is None else bias.contiguous()  # of an expanded one it would read past the end
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+@onednn_mm.register_fake
+def plain_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply matrices by torch's default library, as `onednn_mm` does by another."""
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+class MultiplyByOneDNN(CustomGraphPass):
+    """Replaces the products of float32 matrices in a compiled graph, forward or backward, by `onednn_mm`."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Rewrite the graph in place."""
+        for node in graph.nodes:
+            if node.op != "call_function" or not _is_float32_on_cpu(node):
+                continue
+            if node.target is torch.ops.aten.mm.default:
+                node.target = torch.ops.iwin_dit.onednn_mm.default
+            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:  # nothing is scaled
+                bias, a, b = node.args
+                if bias.meta["val"].ndim == 1:
+                    node.target, node.args = torch.ops.iwin_dit.onednn_mm.default, (a, b, bias)
+
+    def uuid(self) -> bytes:
+        """Name this version of the pass to the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+    def __repr__(self) -> str:
+        """Name the pass where options are shown."""
+        return f"{type(self).__name__}()"
+
+
+def _is_float32_on_cpu(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
+
+
+def onednn_multiplies_faster() -> bool:
+    """Whether torch multiplies float32 matrices by MKL on an AMD CPU with AVX-512, and oneDNN is at hand.
+
+    MKL uses registers half as wide there, and takes about twice as long.
+    """
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and CPU_INFO.exists()
+        and "AuthenticAMD" in CPU_INFO.read_text()
+    )
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Choose the options of torch's compiler (`torch._inductor.config`) for blocks on a device.
+
+    Args:
+        device: Of the weights.
+
+    Returns:
+        Options by name; none but on a CPU.
+    """
+    if device.type != "cpu":
+        return {}
+    # The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
+    # tokens, (B, H, W, C), to an order with H innermost.
+    options: dict[str, Any] = {"layout_optimization": False}
+    if onednn_multiplies_faster():
+        options["post_grad_custom_post_pass"] = MultiplyByOneDNN()
+    return options

@@ -1,0 +1,167 @@
+"""What torch's compiler is told: who is told what, and that products by oneDNN are products."""
+
+import pytest
+import torch
+from diffusers import ModelMixin
+from torch._inductor.utils import run_and_get_code
+
+from iwin_dit.models import compilation
+from iwin_dit.models.compilation import MultiplyByOneDNN, compile_options, onednn_mm, plain_mm
+from tests.tools import relative_error, tiny_model
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+LAYOUT = {"layout_optimization": False}
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (drawn(40, 24), drawn(24, 56)),
+        (drawn(24, 40).t(), drawn(56, 24).t()),
+        (drawn(24, 200).t(), drawn(24, 8)),
+        (drawn(80, 48)[::2, ::2], drawn(48, 112)[::2, ::2]),
+        (drawn(40, 1).expand(40, 24), drawn(1, 56).expand(24, 56)),
+        (drawn(1, 24).expand(40, 24), drawn(24, 1).expand(24, 56)),
+        (drawn(40, 1), drawn(1, 56)),
+        (drawn(1, 24), drawn(24, 1)),
+    ],
+    ids=[
+        "contiguous",
+        "transposed",
+        "tall and transposed",
+        "strided",
+        "expanded",
+        "expanded the other way",
+        "outer",
+        "inner",
+    ],
+)
+@pytest.mark.parametrize("bias", ["none", "contiguous", "strided", "expanded"])
+def test_products_by_onednn_are_as_exact_as_those_of_their_twin(a, b, bias):
+    columns = b.shape[1]
+    biases = {"contiguous": drawn(columns), "strided": drawn(2 * columns)[::2], "expanded": drawn(1).expand(columns)}
+    bias = biases.get(bias)
+    exact = plain_mm(a.double(), b.double(), None if bias is None else bias.double())
+    ours, twin = onednn_mm(a, b, bias), plain_mm(a, b, bias)
+    assert ours.is_contiguous()
+    assert relative_error(ours.double(), exact) <= max(2 * relative_error(twin.double(), exact), 2**-23)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("n", "k", "m"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_empty_products(n, k, m, bias):
+    operands = drawn(n, k), drawn(k, m), drawn(m) if bias else None
+    assert torch.equal(onednn_mm(*operands), plain_mm(*operands))
+
+
+def gradients(model, size):
+    """The output, and the gradients of all weights that have one, in float64."""
+    dtype = next(model.parameters()).dtype
+    latents = drawn(2, 4, *size).to(dtype)
+    output = model(latents, torch.tensor([100.0, 900.0], dtype=dtype), torch.tensor([3, 10]), return_dict=False)[0]
+    output.square().mean().backward()
+    found = {"output": output} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+@needs_onednn
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(8, 8), (16, 8)])
+def test_a_block_whose_products_are_onednns_is_as_exact_as_its_twin(size):
+    """Forward and every gradient, against the same graph with torch's own products."""
+    exact = gradients(tiny_model(window_size=4).double(), size)
+    found = {}
+    for products in (MultiplyByOneDNN(), None):
+        torch.compiler.reset()
+        model = tiny_model(window_size=4)
+        model.compile_repeated_blocks(fullgraph=True, options={"post_grad_custom_post_pass": products})
+        found[products], codes = run_and_get_code(lambda model=model: gradients(model, size))
+        used = {
+            name
+            for name in ("iwin_dit.onednn_mm", "extern_kernels.mm", "extern_kernels.addmm")
+            if name in "".join(codes)
+        }
+        assert used == ({"iwin_dit.onednn_mm"} if products else {"extern_kernels.mm", "extern_kernels.addmm"})
+    ours, twin = found.values()
+    assert ours.keys() == exact.keys()
+    for name, tensor in ours.items():
+        error, allowed = ((t - exact[name]).norm() / exact[name].norm() for t in (tensor, twin[name]))
+        assert error <= 2 * max(allowed, 2**-23), (name, error, allowed)
+
+
+def test_what_the_pass_leaves_alone():
+    graph = torch.fx.Graph()
+    a, b, bias, full = (graph.placeholder(name) for name in ("a", "b", "bias", "full"))
+    aten, ours = torch.ops.aten, torch.ops.iwin_dit.onednn_mm.default
+    bias.meta["val"], full.meta["val"] = torch.empty(2), torch.empty(2, 2)
+    cases = [
+        (aten.mm.default, (a, b), {}, torch.empty(2, 2), ours, (a, b)),
+        (aten.addmm.default, (bias, a, b), {}, torch.empty(2, 2), ours, (a, b, bias)),
+        (aten.addmm.default, (bias, a, b), {"beta": 2}, torch.empty(2, 2), aten.addmm.default, (bias, a, b)),
+        (aten.addmm.default, (full, a, b), {}, torch.empty(2, 2), aten.addmm.default, (full, a, b)),
+        (aten.mm.default, (a, b), {}, torch.empty(2, 2).double(), aten.mm.default, (a, b)),
+        (aten.mm.default, (a, b), {}, torch.empty(2, 2, device=META), aten.mm.default, (a, b)),
+    ]
+    nodes = []
+    for target, arguments, options, value, *_ in cases:
+        nodes.append(graph.call_function(target, arguments, options))
+        nodes[-1].meta["val"] = value
+    MultiplyByOneDNN()(graph)
+    assert [(node.target, node.args) for node in nodes] == [tuple(case[4:]) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "chosen"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_onednn_multiplies_where_mkl_is_slow(vendor, capability, chosen, monkeypatch, tmp_path):
+    monkeypatch.setattr(compilation, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert compile_options(CPU) == LAYOUT  # of a machine without that file nothing is known
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    options = compile_options(CPU)
+    assert isinstance(options.pop("post_grad_custom_post_pass", None), MultiplyByOneDNN) == chosen
+    assert options == LAYOUT
+    assert compile_options(META) == {}
+
+
+def test_options_of_the_user_win_and_a_mode_or_backend_excludes_ours(monkeypatch):
+    given = []
+    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", lambda self, *args, **kwargs: given.append(kwargs))
+    monkeypatch.setattr(compilation, "onednn_multiplies_faster", lambda: False)
+    calls = [{}, {"options": {"max_autotune": True}}, {"options": {"layout_optimization": True}}]
+    for model, options in ((tiny_model(), LAYOUT), (tiny_model().to("meta"), {})):
+        for call in calls:
+            model.compile_repeated_blocks(fullgraph=True, **call)
+            assert given.pop() == {"fullgraph": True, "options": options | call.get("options", {})}
+        for call in ({"mode": "reduce-overhead"}, {"backend": "eager"}):
+            model.compile_repeated_blocks(**call)
+            assert given.pop() == call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "transposed"),
+    [({}, False), ({"options": {"epilogue_fusion": True}}, False), ({"options": {"layout_optimization": True}}, True)],
+)
+def test_the_compiled_block_equals_the_plain_one_and_does_not_transpose_the_tokens(options, transposed):
+    """Outputs and gradients; and where the compiler is left to itself, it lays the tokens out with H innermost."""
+    H, W, C = 8, 8, 16
+    plain, model = (tiny_model(window_size=4).double() for _ in range(2))
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
+    found, codes = run_and_get_code(lambda: gradients(model, (H, W)))
+    expected = gradients(plain, (H, W))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name]) < 1e-9, name
+    assert any(f"({H * W * C}, 1, {W * C}, {H})" in code for code in codes) == transposed
