@@ -11,7 +11,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 KERNELS = {2: (3, 3), 3: (2, 3, 3)}  # K by rank of the grid
 # What the goals are for, beside grid and window, as a record's `settings` have it, where the suite has such an option.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cpu": {"threads": 2, "width": 384, "dtype": "float32"},
+    "cpu": {"threads": 2, "width": 384, "dtype": "float32", "keep_memory": True},
     "cuda": {"width": 1152, "dtype": "bf16"},
 }
 # And what those of a single suite are for: XL/1 as a whole, 50 steps of a batch of 32.
@@ -47,7 +47,7 @@ class Result:
 
     Attributes:
         what: The quantity, as in `Goal`.
-        mode: Under which it was measured: eager, compiled, or both where they were set against each other.
+        mode: Under which it was measured, a key of `options.MODES`.
         value: First quartile, median, third quartile.
         setting: None where no grid decides.
     """
@@ -126,7 +126,7 @@ def has_goals_settings(record: Mapping[str, Any], suite: str, device: str, mode:
         record: As written to JSON.
         suite: Of the record.
         device: A key of `DEVICES`.
-        mode: Of the result; the goals of a GPU are for compiled code.
+        mode: Of the result; the goals of a GPU are for compiled code, none is for code without our options.
 
     Returns:
         Whether they are.
@@ -134,7 +134,7 @@ def has_goals_settings(record: Mapping[str, Any], suite: str, device: str, mode:
     wanted = SETTINGS[device] | SUITE_SETTINGS.get((suite, device), {})
     settings = record["settings"]
     return all(settings.get(name, value) == value for name, value in wanted.items()) and (
-        device == "cpu" or mode == "compiled"
+        mode != "compiled-plain" if device == "cpu" else mode == "compiled"
     )
 
 

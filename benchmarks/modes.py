@@ -61,8 +61,8 @@ def compiled(module: ModuleT, mode: str) -> ModuleT:
 
 
 def as_many_variants_as(built: Mapping[tuple[str, str], nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """Let the compiler build a variant of a forward pass for every module; it gives up at 8 of the same class."""
-    return torch._dynamo.config.patch(recompile_limit=max(8, len(built)))
+    """Let the compiler build a variant of a forward pass for every module; its `recompile_limit` is per class."""
+    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, len(built)))
 
 
 def check_modes(

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 from benchmarks.goals import KERNELS, by_axes
 from benchmarks.sides import Shape, windows_for
+from iwin_dit.models.compilation import onednn_multiplies_faster
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Modes with the compiler's options that they add to the library's own (`compile_options`); None is not compiled.
@@ -17,18 +19,12 @@ MODES: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compiled": {},
     "compiled-aten": {"post_grad_custom_post_pass": None},
-    "compiled-plain": {"post_grad_custom_post_pass": None, "layout_optimization": True},
+    "compiled-plain": {"post_grad_custom_post_pass": None, "layout_optimization": inductor.layout_optimization},
 }
 # The sizes of the goals: S's width on a CPU, XL/1 on a GPU. Batches keep their tokens at every size of the grid.
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {
-        **{"dtype": "float32", "modes": ["eager", "compiled", "compiled-aten"]},
-        **{"width": 384, "heads": 6, "layers": 4, "batch_tokens": 4096},
-    },
-    "cuda": {
-        **{"dtype": "bf16", "modes": ["compiled"]},
-        **{"width": 1152, "heads": 16, "layers": 28, "batch_tokens": 16384},
-    },
+    "cpu": {"dtype": "float32", "width": 384, "heads": 6, "layers": 4, "batch_tokens": 4096},
+    "cuda": {"dtype": "bf16", "width": 1152, "heads": 16, "layers": 28, "batch_tokens": 16384},
 }
 
 
@@ -79,17 +75,20 @@ def add_grids(parser: argparse.ArgumentParser, device: str, grids: Sequence[tupl
 
 
 def add_modes(parser: argparse.ArgumentParser, device: str) -> None:
-    """Add the modes to measure in.
+    """Add the modes to measure in, those alone that differ from each other here.
 
     Args:
         parser: Of a suite.
-        device: Chooses the default.
+        device: Chooses them.
     """
+    ours = ["compiled-aten"] if onednn_multiplies_faster() else []
+    default = ["compiled"] if device == "cuda" else ["eager", "compiled", *ours]
+    choices = ["eager", "compiled"] if device == "cuda" else [*default, "compiled-plain"]
     meaning = (
         "compiled: the Iwin blocks of a side, as train.compile does, or all of it where it has none; compiled-aten: "
         "with matrix products by the library that eager code uses; compiled-plain: with torch's own options"
     )
-    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=SIZES[device]["modes"], help=meaning)
+    parser.add_argument("--modes", nargs="+", choices=choices, default=default, help=meaning)
 
 
 def shapes(arguments: argparse.Namespace, rank: int) -> list[Shape]:

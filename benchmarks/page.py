@@ -33,8 +33,8 @@ def stored_records(device: str) -> dict[str, Any]:
     for path in sorted(RESULTS.glob(f"*-{device}.json")):
         name = path.stem.removesuffix(f"-{device}")
         suite, record = name.partition("-")[0], json.loads(path.read_text())
-        if (record["suite"], record["device"]) != (suite, device):
-            found = f"--suite {record['suite']} --device {record['device']}"
+        if (record.get("suite"), record.get("device")) != (suite, device):
+            found = f"--suite {record.get('suite')} --device {record.get('device')}"
             raise ValueError(f"{path} must hold a run of --suite {suite} --device {device}, got {found}")
         records[name] = record
     return records

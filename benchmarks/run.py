@@ -69,8 +69,9 @@ def build_parser(suite: str, device: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--repeats", type=positive, help="rounds that are counted")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    keep = "leave freed memory to the C library, where training would ask it to keep it"
-    parser.add_argument("--no-keep-memory", dest="keep_memory", action="store_false", help=keep)
+    if device == "cpu" and suite != "sample":  # as training does, and sampling does not
+        keep = "leave freed memory to the C library, where training would ask it to keep it"
+        parser.add_argument("--no-keep-memory", dest="keep_memory", action="store_false", help=keep)
     SUITES[suite].add_options(parser, suite, device)
     return parser
 
@@ -109,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_device(build_parser(arguments.suite, arguments.device), arguments.device)
     torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu" and arguments.suite != "sample" and arguments.keep_memory:
-        keep_freed_memory()  # as training does, and sampling does not
+    if getattr(arguments, "keep_memory", False):
+        keep_freed_memory()
     suite = SUITES[arguments.suite]
     record: dict[str, Any] = {
         "suite": arguments.suite,

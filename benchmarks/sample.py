@@ -83,9 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     exact = check_halves(transformer, arguments)
     transformer.to(dtype)
     models = {mode: transformer if mode == "eager" else compiled(transformer, mode) for mode in arguments.modes}
-    for model in models.values():
+    for mode, model in models.items():
         if model is not transformer:
-            check_compiled(model, transformer, exact, arguments)
+            check_compiled(mode, model, transformer, exact, arguments)
     steps: dict[tuple[str, str], Step] = {
         (mode, name): functools.partial(draw, *side, model, arguments)
         for mode, model in models.items()
@@ -127,6 +127,7 @@ def check_halves(transformer: IwinDiTTransformer2DModel, arguments: argparse.Nam
 
 
 def check_compiled(
+    mode: str,
     model: IwinDiTTransformer2DModel,
     eager: IwinDiTTransformer2DModel,
     exact: torch.Tensor,
@@ -135,6 +136,7 @@ def check_compiled(
     """Compare the latents of the compiled and of the eager model with those in float32, as `check_modes` does.
 
     Args:
+        mode: Of the compiled model.
         model: Compiled.
         eager: The same, not compiled.
         exact: Latents (B, C, h, w) of side "interval" in float32.
@@ -144,7 +146,7 @@ def check_compiled(
         RuntimeError: If the compiled model is off by more than `TOLERANCE` and more than twice what the eager one is.
     """
     ours, theirs = (largest_error([draw(*SIDES["interval"], m, arguments)], [exact]) for m in (model, eager))
-    require_agreement("latents of the compiled and the eager model", ours, max(TOLERANCE, 2 * theirs))
+    require_agreement(f"latents of the {mode} and the eager model", ours, max(TOLERANCE, 2 * theirs))
 
 
 @torch.no_grad()

@@ -369,6 +369,8 @@ def test_data_command(tmp_path, capsys):
         (["--suite", "train", "--batch-tokens", "300"], "multiple of 256, got 300"),
         (["--suite", "block", "--repeats", "0"], "positive integer, got 0"),
         (["--suite", "block", "--dtype", "float16"], "invalid choice"),
+        (["--suite", "block", "--device", "cuda", "--modes", "compiled-plain"], "invalid choice"),
+        (["--suite", "sample", "--no-keep-memory"], "unrecognized arguments: --no-keep-memory"),
         (["--suite", "block", "--layers", "2"], "unrecognized arguments: --layers 2"),
         (["--suite", "data", "--device", "cuda"], "of the CPU alone, got --device cuda"),
         (["--suite", "speed"], "invalid choice: 'speed'"),
@@ -643,6 +645,15 @@ def test_a_record_of_another_device_is_not_shown(tmp_path, monkeypatch):
     (tmp_path / "block-cpu.json").write_text(json.dumps({"suite": "block", "device": "cuda"}))
     with pytest.raises(ValueError, match="of --suite block --device cpu, got --suite block --device cuda"):
         page.stored_records("cpu")
+
+
+def test_a_suite_may_have_several_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    for name in ("train-cpu", "train-plain-cpu", "block-cuda"):
+        suite, device = name.split("-")[0], name.split("-")[-1]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"suite": suite, "device": device}))
+    assert set(page.stored_records("cpu")) == {"train", "train-plain"}
+    assert set(page.stored_records("cuda")) == {"block"}
 
 
 def test_the_pages_show_the_stored_runs():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import ModelMixin
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 
 from iwin_dit.models import compilation
@@ -49,6 +51,7 @@ def test_products_by_onednn_are_as_exact_as_those_of_their_twin(a, b, bias):
     bias = biases.get(bias)
     exact = plain_mm(a.double(), b.double(), None if bias is None else bias.double())
     ours, twin = onednn_mm(a, b, bias), plain_mm(a, b, bias)
+    torch.library.opcheck(onednn_mm, (a, b, bias), test_utils=("test_schema", "test_faketensor"))
     assert ours.is_contiguous()
     assert relative_error(ours.double(), exact) <= max(2 * relative_error(twin.double(), exact), 2**-23)
 
@@ -96,17 +99,52 @@ def test_a_block_whose_products_are_onednns_is_as_exact_as_its_twin(size):
         assert error <= 2 * max(allowed, 2**-23), (name, error, allowed)
 
 
+@needs_onednn
+@pytest.mark.slow
+def test_blocks_share_their_code_at_every_size():
+    """Two blocks of one size, then of others, for which one variant is compiled: two in all."""
+    torch.compiler.reset()
+    counters.clear()
+    plain, model = (tiny_model(window_size=4).requires_grad_(False) for _ in range(2))
+    for block in model.blocks:
+        block.compile(fullgraph=True, options={"post_grad_custom_post_pass": MultiplyByOneDNN()})
+    for size in ((8, 8), (16, 8), (24, 8)):
+        arguments = drawn(2, 4, *size), torch.tensor([100.0, 900.0]), torch.tensor([3, 10])
+        ours, theirs = (m(*arguments, return_dict=False)[0] for m in (model, plain))
+        assert relative_error(ours, theirs) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@needs_onednn
+@pytest.mark.slow
+def test_mixed_precision_and_checkpointing_keep_working():
+    """Products in bfloat16 stay with torch, those in float32 beside them do not."""
+    found = []
+    for products in (MultiplyByOneDNN(), None):
+        torch.compiler.reset()
+        model = tiny_model(window_size=4)
+        model.enable_gradient_checkpointing()
+        model.compile_repeated_blocks(fullgraph=True, options={"post_grad_custom_post_pass": products})
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model, (8, 8)))
+    ours, twin = found
+    for name, tensor in ours.items():
+        assert (tensor - twin[name]).norm() < 0.02 * twin[name].norm(), name
+
+
 def test_what_the_pass_leaves_alone():
     graph = torch.fx.Graph()
-    a, b, bias, full = (graph.placeholder(name) for name in ("a", "b", "bias", "full"))
+    a, b, bias, full, single = (graph.placeholder(name) for name in ("a", "b", "bias", "full", "single"))
     aten, ours = torch.ops.aten, torch.ops.iwin_dit.onednn_mm.default
-    bias.meta["val"], full.meta["val"] = torch.empty(2), torch.empty(2, 2)
+    bias.meta["val"], full.meta["val"], single.meta["val"] = torch.empty(2), torch.empty(2, 2), torch.empty(1)
     cases = [
         (aten.mm.default, (a, b), {}, torch.empty(2, 2), ours, (a, b)),
         (aten.addmm.default, (bias, a, b), {}, torch.empty(2, 2), ours, (a, b, bias)),
         (aten.addmm.default, (bias, a, b), {"beta": 2}, torch.empty(2, 2), aten.addmm.default, (bias, a, b)),
         (aten.addmm.default, (full, a, b), {}, torch.empty(2, 2), aten.addmm.default, (full, a, b)),
+        (aten.addmm.default, (single, a, b), {}, torch.empty(2, 2), aten.addmm.default, (single, a, b)),
         (aten.mm.default, (a, b), {}, torch.empty(2, 2).double(), aten.mm.default, (a, b)),
+        (aten.mm.default, (a, b), {}, torch.empty(2, 2).bfloat16(), aten.mm.default, (a, b)),
         (aten.mm.default, (a, b), {}, torch.empty(2, 2, device=META), aten.mm.default, (a, b)),
     ]
     nodes = []
@@ -117,21 +155,35 @@ def test_what_the_pass_leaves_alone():
     assert [(node.target, node.args) for node in nodes] == [tuple(case[4:]) for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("vendor", "capability", "chosen"),
-    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
-)
-def test_onednn_multiplies_where_mkl_is_slow(vendor, capability, chosen, monkeypatch, tmp_path):
+CPU_INFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 2\n"
+
+
+@pytest.fixture
+def zen_5(monkeypatch, tmp_path):
+    """A machine where MKL is slow; returns the file that describes its processor."""
     monkeypatch.setattr(compilation, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert compile_options(CPU) == LAYOUT  # of a machine without that file nothing is known
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    options = compile_options(CPU)
-    assert isinstance(options.pop("post_grad_custom_post_pass", None), MultiplyByOneDNN) == chosen
-    assert options == LAYOUT
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for library in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    (tmp_path / "cpuinfo").write_text(CPU_INFO.format("AuthenticAMD", 26))
+    return tmp_path / "cpuinfo"
+
+
+def test_onednn_multiplies_where_mkl_is_slow(zen_5, monkeypatch):
+    assert compile_options(CPU) == LAYOUT | {"post_grad_custom_post_pass": MultiplyByOneDNN()}
     assert compile_options(META) == {}
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert compile_options(CPU) == LAYOUT
+    with inductor.patch(post_grad_custom_post_pass=lambda graph: None):  # somebody else's
+        assert compile_options(CPU) == LAYOUT
+    for other in (("GenuineIntel", 26), ("AuthenticAMD", 25)):
+        zen_5.write_text(CPU_INFO.format(*other))
+        assert compile_options(CPU) == LAYOUT
+    zen_5.unlink()  # of a machine without that file nothing is known
+    assert compile_options(CPU) == LAYOUT
+    zen_5.write_text(CPU_INFO.format("AuthenticAMD", 26))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert compile_options(CPU) == LAYOUT
 
 
 def test_options_of_the_user_win_and_a_mode_or_backend_excludes_ours(monkeypatch):

@@ -44,6 +44,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     start(configured(run, "--log.every", "3", "--data.num_workers", "1", "--train.mixed_precision", "no"))
     start(configured(run, "--eval.every", "7", "--eval.num_samples", "9", "--eval.reference", "elsewhere.npz"))
     start(configured(run, "--resume", "step-00000001", "--train.micro_batch_size", "8", "--data.verify", "false"))
+    start(configured(run, "--train.compile", "true", "--train.compile_options.layout_optimization", "true"))
     with pytest.raises(ValueError, match=r"model\.num_layers: 6 before, 2 now"):
         check_run(configured(run, "--model.num_layers", "2"))
     with pytest.raises(ValueError, match=r"train\.batch_size: \d+ before, 8 now\n  train\.seed: 0 before, 5 now\nGive"):

@@ -443,6 +443,7 @@ def test_a_dry_run_says_what_makes_it_fast(compiled, kept, monkeypatch):
     [
         ("false", '{"max_autotune": true}', "needs train.compile true"),
         ("true", '{"max_autotun": true}', "no 'max_autotun', did you mean max_autotune"),
+        ("true", '{"max_autotune": 1}', "compile_options.max_autotune must be of type bool, got 1"),
     ],
 )
 def test_options_of_the_compiler_that_cannot_work(compiled, options, message, capsys):

@@ -4,16 +4,19 @@ On a CPU alone, for nothing was measured elsewhere. Neither option changes a num
 switched off by giving torch's own value: `layout_optimization=True`, `post_grad_custom_post_pass=None`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 CPU_INFO = Path("/proc/cpuinfo")
+ZEN_5 = 26  # AMD's first family whose registers of 512 bits are multiplied at once; Zen 4 takes two halves in turn
 
 
-@torch.library.custom_op("iwin_dit::onednn_mm", mutates_args=())
+@torch.library.custom_op("iwin_dit::onednn_mm", mutates_args=(), device_types="cpu")
 def onednn_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply float32 matrices on a CPU by oneDNN; the plain twin is `plain_mm`.
 
@@ -28,7 +31,7 @@ def onednn_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
     if not a.shape[1]:
         return plain_mm(a, b, bias)  # oneDNN refuses a sum of nothing, which an empty batch's gradient of weights is
     if bias is None and not a.is_contiguous() and a.numel() > b.numel() + a.shape[0] * b.shape[1]:
-        # oneDNN would copy a; to transpose a small b and the product is cheaper (the gradient of a wide layer's weight)
+        # torch would copy a; to transpose a small b and the product is cheaper (the gradient of a wide layer's weight)
         return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t().contiguous()
     bias = None if bias is None else bias.contiguous()  # of an expanded one it would read past the end
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
@@ -41,10 +44,10 @@ def plain_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
 
 
 class MultiplyByOneDNN(CustomGraphPass):
-    """Replaces the products of float32 matrices in a compiled graph, forward or backward, by `onednn_mm`."""
+    """Replaces products of float32 matrices in a compiled graph, with at most one row of bias, by `onednn_mm`."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Rewrite the graph in place."""
+        """Rewrite a graph, of a forward or a backward pass, in place."""
         for node in graph.nodes:
             if node.op != "call_function" or not _is_float32_on_cpu(node):
                 continue
@@ -52,12 +55,20 @@ class MultiplyByOneDNN(CustomGraphPass):
                 node.target = torch.ops.iwin_dit.onednn_mm.default
             elif node.target is torch.ops.aten.addmm.default and not node.kwargs:  # nothing is scaled
                 bias, a, b = node.args
-                if bias.meta["val"].ndim == 1:
+                if bias.meta["val"].shape == node.meta["val"].shape[1:]:
                     node.target, node.args = torch.ops.iwin_dit.onednn_mm.default, (a, b, bias)
 
     def uuid(self) -> bytes:
         """Name this version of the pass to the compiler's cache."""
         return get_hash_for_files((__file__,))
+
+    def __eq__(self, other: object) -> bool:
+        """All are the same, so that blocks compiled with equal options share their code."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        """As for equality."""
+        return hash(type(self))
 
     def __repr__(self) -> str:
         """Name the pass where options are shown."""
@@ -70,16 +81,22 @@ def _is_float32_on_cpu(node: torch.fx.Node) -> bool:
 
 
 def onednn_multiplies_faster() -> bool:
-    """Whether torch multiplies float32 matrices by MKL on an AMD CPU with AVX-512, and oneDNN is at hand.
+    """Whether torch multiplies float32 matrices by MKL on an AMD CPU from Zen 5 on, and oneDNN is at hand.
 
-    MKL uses registers half as wide there, and takes about twice as long.
+    On CPUs that are not Intel's, MKL uses AVX2, and on these takes about twice as long as oneDNN by AVX-512. Where
+    somebody set a pass of the compiler for the whole process, that one stays.
     """
+    info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)", info, re.MULTILINE)
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and CPU_INFO.exists()
-        and "AuthenticAMD" in CPU_INFO.read_text()
+        and "AuthenticAMD" in info
+        and family is not None
+        and int(family[1]) >= ZEN_5
+        and inductor.post_grad_custom_post_pass is None
     )
 
 

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
+from torch._inductor import config as inductor
 
 from ..data.clips import ClipSettings
 from ..diffusion import DDPM, FlowMatching, Objective
@@ -437,16 +438,17 @@ class Config:
             )
 
     def _check_compile_options(self, options: dict[str, Any]) -> None:
-        from torch._inductor import config as inductor  # takes most of a second, and few need it
-
         if not self.train.compile:
             raise ValueError(f"train.compile_options needs train.compile true, got {options}")
         known = inductor.get_config_copy()
-        for name in options:
+        for name, value in options.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=3)
                 hint = f", did you mean {' or '.join(close)}?" if close else ""
                 raise ValueError(f"train.compile_options: torch._inductor.config has no {name!r}{hint}")
+            kind = inductor.get_type(name)  # type: ignore[attr-defined]  # made at import
+            if get_origin(kind) is None and not isinstance(value, kind):  # what torch checks, when it compiles
+                raise ValueError(f"train.compile_options.{name} must be of type {kind.__name__}, got {value!r}")
 
     def build_objective(self) -> Objective:
         """Return the objective that trains."""
