@@ -389,6 +389,7 @@ def test_mistaken_commands(arguments, message, capsys):
 @pytest.mark.slow
 def test_compiled_copies_agree_with_the_eager_modules(modules, inputs):
     torch.compiler.reset()
+    modules = {name: modules[name] for name in list(modules)[:3]}  # "global", "floor" and one of windows
     built = build_modes(modules, ["eager", "compiled"], torch.float32)
     assert all(built["eager", name] is module for name, module in modules.items())
     with as_many_variants_as(built):
