@@ -112,7 +112,7 @@ KINDS = {
     "copies": ("copy", "aten::cat", "CatArray", "contiguous", "clone", "Memcpy"),
 }
 OTHER = "elementwise and the rest"
-PROFILES = 5
+PROFILES = 5  # rounds
 
 
 def kind_of(name: str) -> str:
@@ -120,19 +120,22 @@ def kind_of(name: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
-def by_operator(step: Step, device: torch.device) -> dict[str, float]:
-    """Profile a step a few times and add up its operators' own time by kind.
+def by_operator(steps: Mapping[Name, Step], device: torch.device) -> dict[Name, dict[str, float]]:
+    """Profile steps in turn, a few rounds, and add up their operators' own time by kind.
 
     Args:
-        step: What to profile; it should have run before.
-        device: Where it runs; on a GPU, the time is that of its kernels, and operators, which carry the time of theirs
+        steps: What to profile, by name; they should have run before.
+        device: Where they run; on a GPU, the time is that of kernels, and operators, which carry the time of theirs
             once more, are left out.
 
     Returns:
-        Milliseconds by kind, those of `KINDS` and `OTHER`, of the fastest time: what the profiler keeps lies between
-        the step's memory, and slows some down.
+        By step, milliseconds by kind, those of `KINDS` and `OTHER`, of the round in which the step took the median.
     """
-    return min((_profiled(step, device) for _ in range(PROFILES)), key=lambda spent: sum(spent.values()))
+    rounds = [{name: _profiled(step, device) for name, step in steps.items()} for _ in range(PROFILES)]
+    return {
+        name: sorted((spent[name] for spent in rounds), key=lambda spent: sum(spent.values()))[PROFILES // 2]
+        for name in steps
+    }
 
 
 def _profiled(step: Step, device: torch.device) -> dict[str, float]:

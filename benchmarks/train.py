@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         products = matrix_products(arguments)
         steps |= products
         seconds = time_interleaved(steps, device, arguments.repeats)
-        profile = {mode: by_operator(steps[f"whole, {mode}"], device) for mode in arguments.modes}
+        profile = by_operator({mode: steps[f"whole, {mode}"] for mode in arguments.modes}, device)
         flops = 3 * forward_flops(training) * batch_size
     fastest = min(products, key=lambda name: quartiles(seconds[name])[1])
     peak = [2 * PEAK_SIDE[arguments.device] ** 3 / s for s in seconds[fastest]]
