@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -30,7 +31,9 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 
 
 def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: int) -> dict[Name, list[float]]:
-    """Time every step once per round, so that a machine that slows down slows all of them; each begins in its turn.
+    """Time every step once per round, so that a machine that slows down slows all of them.
+
+    Every round has an order of its own, always the same: a step finds caches and heap as the one before it left them.
 
     Args:
         steps: What to time, by name.
@@ -41,10 +44,9 @@ def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: 
         Seconds per step, one number per round, in the order of the rounds.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for number in range(WARM_UP + repeats):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(WARM_UP + repeats):
+        for name in order.sample(list(steps), k=len(steps)):
             _wait(device)
             start = time.perf_counter()
             steps[name]()
