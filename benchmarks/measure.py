@@ -8,7 +8,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: int) -> dict[Name, list[float]]:
     """Time every step once per round, so that a machine that slows down slows all of them.
 
-    Every round has an order of its own, always the same: a step finds caches and heap as the one before it left them.
+    Every round has an order of its own (`orders`).
 
     Args:
         steps: What to time, by name.
@@ -44,15 +44,21 @@ def time_interleaved(steps: Mapping[Name, Step], device: torch.device, repeats: 
         Seconds per step, one number per round, in the order of the rounds.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for _ in range(WARM_UP + repeats):
-        for name in order.sample(list(steps), k=len(steps)):
+    for order in itertools.islice(orders(steps), WARM_UP + repeats):
+        for name in order:
             _wait(device)
             start = time.perf_counter()
             steps[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+def orders(steps: Iterable[Name]) -> Iterator[list[Name]]:
+    """Draw an order for every round, from a fixed seed: a step finds caches and heap as the one before it left them."""
+    names, generator = list(steps), random.Random(0)
+    while True:
+        yield generator.sample(names, k=len(names))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -133,7 +139,9 @@ def by_operator(steps: Mapping[Name, Step], device: torch.device) -> dict[Name, 
     Returns:
         By step, milliseconds by kind, those of `KINDS` and `OTHER`, of the round in which the step took the median.
     """
-    rounds = [{name: _profiled(step, device) for name, step in steps.items()} for _ in range(PROFILES)]
+    rounds = [
+        {name: _profiled(steps[name], device) for name in order} for order in itertools.islice(orders(steps), PROFILES)
+    ]
     return {
         name: sorted((spent[name] for spent in rounds), key=lambda spent: sum(spent.values()))[PROFILES // 2]
         for name in steps

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch._inductor import config as inductor
 
 import train_dit
 from benchmarks import block, data, evaluation, goals, page, protocols, published, run, sample, sides, train
@@ -409,7 +410,7 @@ def test_modes_add_to_the_librarys_options():
     compiled, aten, plain = (options_of(mode, CPU) for mode in ("compiled", "compiled-aten", "compiled-plain"))
     assert compiled.keys() == ours.keys()
     assert aten == ours | {"post_grad_custom_post_pass": None}
-    assert plain == {"post_grad_custom_post_pass": None, "layout_optimization": True}
+    assert plain == {"post_grad_custom_post_pass": None, "layout_optimization": inductor.layout_optimization}
 
 
 def test_low_precision_may_be_off_by_twice_what_eager_code_is(modules, inputs):

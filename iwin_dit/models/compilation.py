@@ -13,7 +13,7 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 CPU_INFO = Path("/proc/cpuinfo")
-ZEN_5 = 26  # AMD's first family whose registers of 512 bits are multiplied at once; Zen 4 takes two halves in turn
+ZEN_5 = 26  # AMD's first family that multiplies 512 bits at once, in servers at least; Zen 4 takes two halves in turn
 
 
 @torch.library.custom_op("iwin_dit::onednn_mm", mutates_args=(), device_types="cpu")
@@ -83,8 +83,7 @@ def _is_float32_on_cpu(node: torch.fx.Node) -> bool:
 def onednn_multiplies_faster() -> bool:
     """Whether torch multiplies float32 matrices by MKL on an AMD CPU from Zen 5 on, and oneDNN is at hand.
 
-    On CPUs that are not Intel's, MKL uses AVX2, and on these takes about twice as long as oneDNN by AVX-512. Where
-    somebody set a pass of the compiler for the whole process, that one stays.
+    On CPUs that are not Intel's, MKL uses AVX2, and on these takes about twice as long as oneDNN by AVX-512.
     """
     info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
     family = re.search(r"^cpu family\s*: (\d+)", info, re.MULTILINE)
@@ -96,7 +95,6 @@ def onednn_multiplies_faster() -> bool:
         and "AuthenticAMD" in info
         and family is not None
         and int(family[1]) >= ZEN_5
-        and inductor.post_grad_custom_post_pass is None
     )
 
 
@@ -114,6 +112,6 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     # The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
     # tokens, (B, H, W, C), to an order with H innermost.
     options: dict[str, Any] = {"layout_optimization": False}
-    if onednn_multiplies_faster():
+    if inductor.post_grad_custom_post_pass is None and onednn_multiplies_faster():  # or another's pass would be lost
         options["post_grad_custom_post_pass"] = MultiplyByOneDNN()
     return options
