@@ -172,7 +172,8 @@ def zen_5(monkeypatch, tmp_path):
 def test_onednn_multiplies_where_mkl_is_slow(zen_5, monkeypatch):
     assert compile_options(CPU) == LAYOUT | {"post_grad_custom_post_pass": MultiplyByOneDNN()}
     assert compile_options(META) == {}
-    with torch.backends.mkldnn.flags(enabled=False):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
         assert compile_options(CPU) == LAYOUT
     with inductor.patch(post_grad_custom_post_pass=lambda graph: None):  # somebody else's
         assert compile_options(CPU) == LAYOUT
