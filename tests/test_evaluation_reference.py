@@ -3,6 +3,7 @@
 import itertools
 import logging
 import multiprocessing
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,20 @@ def test_broken_images_are_named_and_refused_unless_allowed(tmp_path: Path, capl
     assert "a broken image (2 so far)" in caplog.text
     rows = features(cropped(whole), "pool")
     assert load_reference(tmp_path / "r.npz", {"pool": 3}).gaussians["pool"].mean.numpy() == pytest.approx(rows.mean(0))
+
+
+def test_an_error_ends_the_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the garbage collector comes by, which has waited for itself in a thread that was just starting."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    source, before = FlatFolder(write_images(tmp_path / "photos", 12)), threading.active_count()
+    monkeypatch.setattr(Means, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        make(source, tmp_path / "r.npz", batch_size=2)
+    assert raised.tb is not None  # which keeps the frames, and what they hold
+    assert threading.active_count() == before
 
 
 def test_mistakes_are_refused_before_the_work(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -116,8 +116,8 @@ class PartEncoder:
         self.stored_shape = stored_shape(self.latent_shape, settings.posterior, settings.flips)
         self.broken: list[str] = []
 
-    def shards(self, part: int, advance: Callable[[int], object]) -> Iterator[EncodedShard]:
-        """Encode one part.
+    def shards(self, part: int, advance: Callable[[int], object]) -> Generator[EncodedShard, None, None]:
+        """Encode one part; to be closed where it is not used up, which ends its threads.
 
         Args:
             part: Which.

@@ -195,12 +195,13 @@ class Extraction:
         shards: list[Shard] = []
         class_counts = np.zeros(len(self.source.class_names), dtype=np.int64)
         sums = np.zeros((2, self.encoder.latent_shape[0]))
-        for encoded in self.encoder.shards(part, advance):
-            path = self.out / Shard.name(part, len(shards))
-            shards.append(write_shard(path, encoded.latents, encoded.labels))
-            class_counts += np.bincount(encoded.labels.numpy(), minlength=len(class_counts))
-            sums += encoded.sums
-            del encoded  # before the next one is made
+        with contextlib.closing(self.encoder.shards(part, advance)) as made:
+            for encoded in made:
+                path = self.out / Shard.name(part, len(shards))
+                shards.append(write_shard(path, encoded.latents, encoded.labels))
+                class_counts += np.bincount(encoded.labels.numpy(), minlength=len(class_counts))
+                sums += encoded.sums
+                del encoded  # before the next one is made
         record = _Record(
             plan=self._plan_sha256,
             shards=tuple(shards),

@@ -6,6 +6,7 @@ processes, but for the last bits of the statistics. Must not know how sources, n
 Letters: N images of the source, D features, R side of the cropped images.
 """
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -13,7 +14,7 @@ import logging
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -233,9 +234,11 @@ class _Scan:
     def run(self, progress: bool) -> None:
         """Measure this process's parts, and return when all processes have measured theirs; a collective."""
         title = "reference" if world_size() == 1 else f"reference (process 0 of {world_size()})"
-        images = self._decoded()
         working = True
-        with tqdm(desc=title, unit="img", disable=not progress or rank() > 0) as bar:
+        bar = tqdm(desc=title, unit="img", disable=not progress or rank() > 0)
+        # Closed here, or the garbage collector would end its threads, wherever that runs: in a thread that just starts,
+        # it would wait for itself.
+        with bar, contextlib.closing(self._decoded()) as images:
             while agree(int(working)):
                 error: Exception | None = None
                 # A process that is done waits for the others a little at a time: a collective has a time limit.
@@ -340,7 +343,7 @@ class _Scan:
             "environment": environment(),
         }
 
-    def _decoded(self) -> Iterator[_Image]:
+    def _decoded(self) -> Generator[_Image, None, None]:
         """Decode in threads, at most two batches ahead, and yield the readable images in the order of the source."""
         items = ((p, row, item) for p in self._parts for row, item in enumerate(self.source.items(p)))
         pending: deque[tuple[int, int, Item, Future[np.ndarray]]] = deque()
