@@ -600,7 +600,7 @@ def test_evaluation_command(tmp_path, capsys):
     assert record["passes"]["share_of_the_network"]["network"] == [1, 1, 1]
     assert record["statistics"]["seconds_per_distance"] > 0
     peak = record["statistics"]["peak_bytes_above_start"]
-    assert peak is None or 4 * 2023**2 * 8 < peak < 300e6  # of so few images as of 50,000
+    assert peak is None or 4 * 2023**2 * 8 < peak < 600e6  # the features of 50,000 images alone would be 809e6
     assert capsys.readouterr().out.strip() == evaluation.tables(record)
 
 
