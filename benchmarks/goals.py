@@ -47,7 +47,7 @@ class Result:
 
     Attributes:
         what: The quantity, as in `Goal`.
-        mode: Under which it was measured, a key of `options.MODES`.
+        mode: Under which it was measured, a key of `options.MODES`; where nothing is computed, how data was read.
         value: First quartile, median, third quartile.
         setting: None where no grid decides.
     """

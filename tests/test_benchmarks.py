@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -393,7 +394,6 @@ def test_mistaken_commands(arguments, message, capsys):
 @pytest.mark.slow
 def test_compiled_copies_agree_with_the_eager_modules(modules, inputs):
     torch.compiler.reset()
-    modules = {name: modules[name] for name in list(modules)[:3]}  # "global", "floor" and one of windows
     built = build_modes(modules, ["eager", "compiled"], torch.float32)
     assert all(built["eager", name] is module for name, module in modules.items())
     with as_many_variants_as(built):
@@ -591,17 +591,19 @@ def test_both_halves_are_thrown_away_outside_the_interval():
 
 
 @pytest.mark.slow
-def test_evaluation_command(tmp_path, capsys):
+def test_evaluation_command(tmp_path):
     out = tmp_path / "run.json"
     sizes = ["--images", "4", "--size", "64", "--batch-size", "2", "--repeats", "1", "--count", "100"]
-    evaluation.main([*sizes, "--out", str(out)])
+    # In a process of its own: the heap of one that has done more grows by more
+    command = [sys.executable, "-m", "benchmarks.evaluation", *sizes, "--out", str(out)]
+    done = subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True)
     record = json.loads(out.read_text())
     assert set(record["passes"]["images_per_second"]) == {"network", "memory", "png", "npz"}
     assert record["passes"]["share_of_the_network"]["network"] == [1, 1, 1]
     assert record["statistics"]["seconds_per_distance"] > 0
     peak = record["statistics"]["peak_bytes_above_start"]
-    assert peak is None or 4 * 2023**2 * 8 < peak < 600e6  # the features of 50,000 images alone would be 809e6
-    assert capsys.readouterr().out.strip() == evaluation.tables(record)
+    assert peak is None or 4 * 2023**2 * 8 < peak < 300e6  # of so few images as of 50,000
+    assert done.stdout.strip() == evaluation.tables(record)
 
 
 def test_the_peak_of_memory_is_found_though_it_has_gone():
