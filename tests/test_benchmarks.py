@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -594,15 +595,16 @@ def test_both_halves_are_thrown_away_outside_the_interval():
 def test_evaluation_command(tmp_path):
     out = tmp_path / "run.json"
     sizes = ["--images", "4", "--size", "64", "--batch-size", "2", "--repeats", "1", "--count", "100"]
-    # In a process of its own: the heap of one that has done more grows by more
+    # In a process of its own that gives freed arrays back at once, or the heap keeps more, some runs 90 MB more
     command = [sys.executable, "-m", "benchmarks.evaluation", *sizes, "--out", str(out)]
-    done = subprocess.run(command, cwd=DOCS.parent, check=True, capture_output=True, text=True)
+    memory = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, cwd=DOCS.parent, env=memory, check=True, capture_output=True, text=True)
     record = json.loads(out.read_text())
     assert set(record["passes"]["images_per_second"]) == {"network", "memory", "png", "npz"}
     assert record["passes"]["share_of_the_network"]["network"] == [1, 1, 1]
     assert record["statistics"]["seconds_per_distance"] > 0
     peak = record["statistics"]["peak_bytes_above_start"]
-    assert peak is None or 4 * 2023**2 * 8 < peak < 300e6  # of so few images as of 50,000
+    assert peak is None or 4 < peak / (2048**2 * 8) < 8  # covariances, of so few images as of 50,000
     assert done.stdout.strip() == evaluation.tables(record)
 
 
