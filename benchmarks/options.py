@@ -19,7 +19,11 @@ MODES: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compiled": {},
     "compiled-aten": {"post_grad_custom_post_pass": None},
-    "compiled-plain": {"post_grad_custom_post_pass": None, "layout_optimization": inductor.layout_optimization},
+    "compiled-plain": {
+        "post_grad_custom_pre_pass": None,
+        "post_grad_custom_post_pass": None,
+        "layout_optimization": inductor.layout_optimization,
+    },
 }
 # The sizes of the goals: S's width on a CPU, XL/1 on a GPU. Batches keep their tokens at every size of the grid.
 SIZES: dict[str, dict[str, Any]] = {

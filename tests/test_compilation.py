@@ -1,4 +1,6 @@
-"""What torch's compiler is told: who is told what, and that products by oneDNN are products."""
+"""What torch's compiler is told: who is told what, and that what our passes put in computes the same."""
+
+import re
 
 import pytest
 import torch
@@ -8,11 +10,19 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 
 from iwin_dit.models import compilation
-from iwin_dit.models.compilation import MultiplyByOneDNN, compile_options, onednn_mm, onednn_multiplies_faster, plain_mm
-from tests.tools import relative_error, tiny_model
+from iwin_dit.models.compilation import (
+    KeepConvolutionLayout,
+    MultiplyByOneDNN,
+    compile_options,
+    onednn_mm,
+    onednn_multiplies_faster,
+    opaque_convolution_backward,
+    plain_mm,
+)
+from tests.tools import relative_error, tiny_model, tiny_video_model
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-LAYOUT = {"layout_optimization": False}
+LAYOUT = {"layout_optimization": False, "post_grad_custom_pre_pass": KeepConvolutionLayout()}
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 
 
@@ -99,6 +109,37 @@ def test_a_block_whose_products_are_onednns_is_as_exact_as_its_twin(size):
         assert error <= 2 * max(allowed, 2**-23), (name, error, allowed)
 
 
+@pytest.mark.parametrize("mask", [(True, True, True), (True, True, False), (False, True, True)])
+def test_gradients_of_a_convolution_as_tokens_lie(mask):
+    x, g = (drawn(2, 6, 5, 16).permute(0, 3, 1, 2) for _ in range(2))
+    weight, bias = drawn(16, 1, 3, 3), drawn(16)
+    arguments = (g, x, weight, [16], [1, 1], [1, 1], [1, 1], False, [0, 0], 16, mask)
+    torch.library.opcheck(opaque_convolution_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    ours = opaque_convolution_backward(*arguments)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    y = torch.nn.functional.conv2d(*leaves, padding=1, groups=16)
+    for gradient, exact, asked in zip(ours, torch.autograd.grad(y, leaves, g.double()), mask, strict=True):
+        assert relative_error(gradient.double(), exact) < 1e-6 if asked else not gradient.numel()
+    assert not mask[0] or ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_onednn
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "size"), [(tiny_model, (8, 8)), (tiny_video_model, (4, 6, 6))])
+def test_no_token_is_copied_for_the_gradients_of_a_convolution(build, size):
+    """Forward and every gradient, and that the compiled code makes no tensor of channels by rows by columns."""
+    torch.compiler.reset()
+    exact, model = gradients(build(window_size=2).double(), size), build(window_size=2)
+    model.compile_repeated_blocks(
+        fullgraph=True, options=LAYOUT | {"post_grad_custom_post_pass": None, "fx_graph_cache": False}
+    )
+    ours, codes = run_and_get_code(lambda: gradients(model, size))
+    assert sum("iwin_dit.convolution_backward" in code for code in codes) == 1  # the backward pass of both blocks
+    assert not [code for code in codes if re.search(r"empty_strided_cpu\(\(\d+, 16, \d+, \d+\)", code)]
+    for name, tensor in ours.items():
+        assert (tensor - exact[name]).norm() < 1e-3 * exact[name].norm(), name
+
+
 @needs_onednn
 @pytest.mark.slow
 def test_blocks_share_their_code_at_every_size():
@@ -178,6 +219,8 @@ def test_onednn_multiplies_where_mkl_is_slow(zen_5, monkeypatch):
     with inductor.patch(post_grad_custom_post_pass=lambda graph: None):  # somebody else's
         assert compile_options(CPU) == LAYOUT
         assert onednn_multiplies_faster()
+    with inductor.patch(post_grad_custom_pre_pass=lambda graph: None):
+        assert compile_options(CPU).keys() == {"layout_optimization", "post_grad_custom_post_pass"}
     for other in (("GenuineIntel", 26), ("AuthenticAMD", 25)):
         zen_5.write_text(CPU_INFO.format(*other))
         assert compile_options(CPU) == LAYOUT

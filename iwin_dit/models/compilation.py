@@ -1,10 +1,12 @@
 """What torch's compiler is told about the repeated block, by device; each choice was measured (docs/performance.md).
 
-On a CPU alone, for nothing was measured elsewhere. Neither option changes a number by more than rounding, and each is
-switched off by giving torch's own value: `layout_optimization=True`, `post_grad_custom_post_pass=None`.
+On a CPU alone, for nothing was measured elsewhere. No option changes a number by more than rounding, and each is
+switched off by giving torch's own value: `layout_optimization=True`, `post_grad_custom_pre_pass=None`,
+`post_grad_custom_post_pass=None`.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +45,44 @@ def plain_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-class MultiplyByOneDNN(CustomGraphPass):
-    """Replaces products of float32 matrices in a compiled graph, with at most one row of bias, by `onednn_mm`."""
+def convolution_backward(
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Call `aten::convolution_backward`, arguments and all; as an operator, one that the compiler knows nothing about.
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        """Rewrite a graph, of a forward or a backward pass, in place."""
-        for node in graph.nodes:
-            if node.op != "call_function" or not _is_float32_on_cpu(node):
-                continue
-            if node.target is torch.ops.aten.mm.default:
-                node.target = torch.ops.iwin_dit.onednn_mm.default
-            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:  # nothing is scaled
-                bias, a, b = node.args
-                if bias.meta["val"].shape == node.meta["val"].shape[1:]:
-                    node.target, node.args = torch.ops.iwin_dit.onednn_mm.default, (a, b, bias)
+    Returns:
+        Gradients of x, weight and bias, empty where `output_mask` asks for none.
+    """
+    settings = (stride, padding, dilation, transposed, output_padding, groups, output_mask)
+    gradients = torch.ops.aten.convolution_backward(grad_output, x, weight, bias_sizes, *settings)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+opaque_convolution_backward = torch.library.custom_op(
+    "iwin_dit::convolution_backward", convolution_backward, mutates_args=(), device_types="cpu"
+)
+opaque_convolution_backward.register_fake(convolution_backward)
+
+
+class BlockPass(CustomGraphPass):
+    """Rewrites a compiled graph, of a forward or a backward pass, in place; all of one class are the same."""
 
     def uuid(self) -> bytes:
         """Name this version of the pass to the compiler's cache."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__,), type(self).__name__)
 
     def __eq__(self, other: object) -> bool:
-        """All are the same, so that blocks compiled with equal options share their code."""
+        """All of one class are the same, so that blocks compiled with equal options share their code."""
         return type(self) is type(other)
 
     def __hash__(self) -> int:
@@ -73,6 +92,36 @@ class MultiplyByOneDNN(CustomGraphPass):
     def __repr__(self) -> str:
         """Name the pass where options are shown."""
         return f"{type(self).__name__}()"
+
+
+class KeepConvolutionLayout(BlockPass):
+    """Replaces gradients of convolutions by `convolution_backward`, which takes tensors as they lie.
+
+    The compiler gives them the order of the weight's gradient, whose axis of one channel it cannot place: it would copy
+    tokens, channels last, to an order with W innermost, then to NCHW, and convolve there.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Rewrite a graph in place."""
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default):
+            if node.args[0].meta["val"].device.type == "cpu":
+                node.target = torch.ops.iwin_dit.convolution_backward.default
+
+
+class MultiplyByOneDNN(BlockPass):
+    """Replaces products of float32 matrices, with at most one row of bias, by `onednn_mm`."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Rewrite a graph in place."""
+        for node in graph.nodes:
+            if node.op != "call_function" or not _is_float32_on_cpu(node):
+                continue
+            if node.target is torch.ops.aten.mm.default:
+                node.target = torch.ops.iwin_dit.onednn_mm.default
+            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:  # nothing is scaled
+                bias, a, b = node.args
+                if bias.meta["val"].shape == node.meta["val"].shape[1:]:
+                    node.target, node.args = torch.ops.iwin_dit.onednn_mm.default, (a, b, bias)
 
 
 def _is_float32_on_cpu(node: torch.fx.Node) -> bool:
@@ -112,6 +161,8 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     # The compiler lays out every tensor of four axes that leads to a convolution as if it were NCHW, and would copy our
     # tokens, (B, H, W, C), to an order with H innermost.
     options: dict[str, Any] = {"layout_optimization": False}
-    if inductor.post_grad_custom_post_pass is None and onednn_multiplies_faster():  # or another's pass would be lost
+    if inductor.post_grad_custom_pre_pass is None:  # or another's pass would be lost
+        options["post_grad_custom_pre_pass"] = KeepConvolutionLayout()
+    if inductor.post_grad_custom_post_pass is None and onednn_multiplies_faster():
         options["post_grad_custom_post_pass"] = MultiplyByOneDNN()
     return options
