@@ -51,7 +51,7 @@ DEFAULT_CLASSES, DEFAULT_BATCH = 1000, 50
 LONGEST_WAIT = timedelta(hours=2)  # of a process for another: for precision and recall, which one of them computes
 CLIPS = ("i3d", "frames", "frame_stride", "frame_rate", "resolution", "max_broken", "num_real")
 FILES = ("i3d", "frame_rate", "max_broken", "num_real")  # of them, what has a meaning for files alone
-SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed")
+SAMPLING = ("steps", "guidance", "guidance_interval", "guidance_channels", "scheduler", "labels", "seed", "compile")
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", choices=("balanced", "random"), help="classes: i mod their number (default), drawn")
     parser.add_argument("--seed", type=int, help="image i is drawn with seed * 2^20 + i; default 0, below 4096")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint folder; default ema")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the model's blocks: seconds first, then faster"
+    )
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:
@@ -505,7 +508,7 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     about = identify(model, weights)
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
-    pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
+    pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights, compiled=bool(args.compile))
     made = Made(pipe.rank == 3, pipe.default_size, sampled=True)
     if (stride := pipe.config.get("frame_stride")) is not None:
         made = replace(made, frame_rate=pipe.config.fps * stride, frame_stride=stride)

@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="samples at a time, with equal results (64 images, 8 clips)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks: seconds first, then faster")
     videos = parser.add_argument_group("video models only")
     videos.add_argument("--frames", type=int, help="frames of a clip (default: as in training)")
     videos.add_argument("--fps", type=float, help="frames per second to play at (default: as in training)")
@@ -96,7 +97,8 @@ def sample(arguments: argparse.Namespace) -> None:
     pairs = [(label, seed) for label in classes for seed in arguments.seeds]
     for folder in (arguments.out, grid.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    record = {"model": arguments.model, "dtype": arguments.dtype, **settings, **scheduler_and_packages(pipe)}
+    record = {"model": arguments.model, "dtype": arguments.dtype, "compiled": arguments.compile, **settings}
+    record |= scheduler_and_packages(pipe)
     shown: list[Any] = []  # images, or lists of frames, that the grid will show
     size = arguments.batch_size or (8 if is_video else 64)
     for start in tqdm(range(0, len(pairs), size), desc="sampling", unit="batch"):
@@ -130,7 +132,7 @@ def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here")
-    pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
+    pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype), compiled=arguments.compile)
     if pipe.vae is None:
         raise ValueError(f"{arguments.model} has no VAE, so it gives latents alone: convert it again with --vae")
     pipe.set_progress_bar_config(disable=True)

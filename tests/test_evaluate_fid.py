@@ -143,6 +143,17 @@ def test_a_run_folder_is_sampled_image_by_image(workplace: Path, capsys: pytest.
     assert "12 samples vs 30 real, guidance 3 in [0.1, 0.9] on 3 channels, 2 steps, FlowMatchEulerDiscrete" in printed
 
 
+@pytest.mark.slow
+def test_compiled_samples_score_the_same_and_the_result_says_so(workplace: Path) -> None:
+    write_pipeline(workplace / "pipeline")
+    model = ("--model", "pipeline", "--num-samples", "20", "--steps", "2", "--batch-size", "8", *FEW)
+    eager, compiled = run(*model), run(*model, "--compile", out="compiled.json")
+    assert (eager["generated"]["compiled"], compiled["generated"]["compiled"]) == (False, True)
+    assert eager["request"] == compiled["request"]
+    values = [result["metrics"]["frechet_digits"]["value"] for result in (eager, compiled)]
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
 class MeanColours(torch.nn.Module):
     """Takes what I3D takes; gives the mean of each channel and frame, and zeros up to 400 numbers."""
 
@@ -379,6 +390,7 @@ def test_warnings_come_before_the_work(workplace: Path, capsys: pytest.CaptureFi
         ("--images b --guidance-channels 3", "--guidance-channels has no meaning with --images"),
         ("--images b --seed 0", "--seed has no meaning with --images"),
         ("--images b --labels random", "--labels has no meaning with --images"),
+        ("--images b --compile", "--compile has no meaning with --images"),
         ("--images b --weights raw", "--weights has no meaning with --images"),
         ("--images b --save-npz c.npz", "--save-npz has no meaning with --images"),
         ("--model a --save-npz c.npz --save-images d", "not allowed with"),

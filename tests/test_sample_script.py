@@ -58,6 +58,38 @@ def test_images(images, tmp_path, capsys):
         assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1  # 1e-4 before rounding
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_compiled(kind, request, tmp_path):
+    """The same pixels but for rounding, of a batch of three and one of a single sample, guided and not."""
+    about, pixels = {}, {}
+    arguments = (
+        "--batch-size",
+        "3",
+        "--guidance",
+        "2",
+        "--guidance-interval",
+        "0.4",
+        "0.9",
+        "--grid",
+        str(tmp_path / "g.gif"),
+    )
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        flags += ["--format", "frames"] if kind == "videos" else []
+        run(request.getfixturevalue(kind), tmp_path / name, *arguments, *flags)
+        files = sorted((tmp_path / name).rglob("*.png"))
+        pixels[name] = {
+            str(path.relative_to(tmp_path / name)): np.asarray(Image.open(path)).astype(int) for path in files
+        }
+        image = Image.open(files[0])
+        about[name] = json.loads(
+            image.text["iwin-dit"] if kind == "images" else next((tmp_path / name).glob("*.json")).read_text()
+        )
+    assert pixels["eager"].keys() == pixels["compiled"].keys()
+    assert all(np.abs(pixels["compiled"][name] - eager).max() <= 1 for name, eager in pixels["eager"].items())
+    assert about["compiled"] == about["eager"] | {"compiled": True}
+
+
 def test_clips(videos, tmp_path, capsys):
     names = run(videos, tmp_path, "--batch-size", "3")
     assert names == [*(f"{stem}.{kind}" for stem in stems() for kind in ("gif", "json", "mp4")), "grid.gif"]

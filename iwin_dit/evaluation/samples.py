@@ -196,6 +196,7 @@ class SampledImages:
             "seeds": [generator_seed(self.sampling.seed, i) for i in (0, self.count - 1)],
             "timesteps": self._timesteps,
             "sigmas": self._sigmas,
+            "compiled": self.pipe.transformer.is_compiled,  # which rounds otherwise, as another batch size does
         }
 
     @contextlib.contextmanager

@@ -224,6 +224,11 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         super().compile_repeated_blocks(*args, **kwargs)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the repeated block runs compiled."""
+        return any(block._compiled_call_impl is not None for block in self.blocks)
+
+    @property
     def null_class(self) -> int:
         """The label that stands for "no class" in classifier-free guidance: `num_classes`."""
         return self.config.num_classes
