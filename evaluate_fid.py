@@ -508,7 +508,10 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
     about = identify(model, weights)
     if args.weights is not None and about["weights"] == "as stored":
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
-    pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights, compiled=bool(args.compile))
+    pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
+    if args.compile:
+        torch.compiler.reset()  # variants of a sweep's other models would count
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
     made = Made(pipe.rank == 3, pipe.default_size, sampled=True)
     if (stride := pipe.config.get("frame_stride")) is not None:
         made = replace(made, frame_rate=pipe.config.fps * stride, frame_stride=stride)

@@ -132,10 +132,12 @@ def open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here")
-    pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype), compiled=arguments.compile)
+    pipe = load_pipeline(arguments.model, device, getattr(torch, arguments.dtype))
     if pipe.vae is None:
         raise ValueError(f"{arguments.model} has no VAE, so it gives latents alone: convert it again with --vae")
     pipe.set_progress_bar_config(disable=True)
+    if arguments.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
     return pipe
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import ModelMixin
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
@@ -154,6 +155,24 @@ def test_blocks_share_their_code_at_every_size():
         ours, theirs = (m(*arguments, return_dict=False)[0] for m in (model, plain))
         assert relative_error(ours, theirs) < 1e-4
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_more_windows_than_torch_compiles_a_function_for():
+    """On clips and on single frames, without the time that kernels take to be built."""
+    torch.compiler.reset()
+    counters.clear()
+    plain, model = (tiny_video_model(num_layers=5, window_size=[[m, 2, 2] for m in range(1, 6)]) for _ in range(2))
+    with dynamo.patch(recompile_limit=8):
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert dynamo.recompile_limit == 40
+        for frames in (4, 1):
+            arguments = drawn(2, 4, frames, 6, 6), torch.tensor([100.0, 900.0]), torch.tensor([3, 10])
+            ours, theirs = (m(*arguments, return_dict=False)[0] for m in (model, plain))
+            assert relative_error(ours, theirs) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 10
+    assert (model.is_compiled, plain.is_compiled) == (True, False)
+    torch.compiler.reset()
 
 
 @needs_onednn

@@ -1,6 +1,5 @@
 """Video through the same scripts: the configuration, steps on single frames, a start from an image model, previews."""
 
-import contextlib
 import json
 import logging
 import os
@@ -37,7 +36,7 @@ from iwin_dit.training.pictures import PREVIEW_SIDE, build_pipeline, export, pre
 from iwin_dit.training.summary import describe
 from tests.faults import launch
 from tests.latent_folders import small_codec
-from tests.tools import tiny_model, tiny_video_model
+from tests.tools import tiny_model
 
 ROOT = Path(__file__).parents[1]
 VIDEO = str(ROOT / "configs" / "moving_digits.yaml")
@@ -109,12 +108,6 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
 
 
-def windows(count: int) -> list[str]:
-    """Arguments of a schedule of so many windows, all of them different, one for each block."""
-    schedule = json.dumps([[m, 1, 1] for m in range(1, count + 1)])
-    return ["--model.num_layers", str(count), "--model.window_size", schedule]
-
-
 # --- the configuration
 
 
@@ -184,11 +177,6 @@ def test_a_schedule_of_windows_is_plain_data():
             ["eval.guidance_scale must be 1 where model.class_dropout_prob is 0", "got 4"],
         ),
         (["--init_classes", "fresh"], ["init_classes 'fresh' has no effect without init_from"]),
-        (["--train.compile", "true", *windows(9)], ["at most 8 variants", "9 different windows in model.window_size:"]),
-        (
-            ["--train.compile", "true", "--data.image_steps", "0.5", *windows(5)],
-            ["at most 8 variants", "5 different windows in model.window_size for clips and for single frames:"],
-        ),
     ],
 )
 def test_mistakes_name_the_field(arguments, messages, capsys):
@@ -224,28 +212,6 @@ def test_no_guidance_needs_no_null_class():
         parse_config(["--config", VIDEO, "--model.class_dropout_prob", "0", *words])
     share = ["--data.clips_per_video", "4", "--data.holdout", "0.1"]
     assert parse_config(["--config", VIDEO, *share]).data.holdout == 0.1
-
-
-def test_as_many_windows_as_compile():
-    for extra in (windows(8), [*windows(4), "--data.image_steps", "0.5"], [*windows(8), "--data.image_steps", "1"]):
-        assert parse_config(["--config", VIDEO, "--train.compile", "true", *extra]).train.compile
-    auto = ["--train.compile", "true", "--model.window_size", "auto"]
-    assert parse_config(["--config", VIDEO, *auto]).model["window_size"] == "auto"
-
-
-@pytest.mark.slow
-def test_torch_compiles_no_more_windows_than_the_configuration_lets_pass():
-    """On clips and on single frames, without the time that kernels take to be built."""
-    for count, passes in ((4, True), (5, False)):
-        torch._dynamo.reset()
-        model = tiny_video_model(num_layers=count, window_size=[[m, 2, 2] for m in range(1, count + 1)])
-        model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        with contextlib.ExitStack() as stack:
-            if not passes:
-                stack.enter_context(pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit))
-            for frames in (4, 1):
-                model(torch.randn(1, 4, frames, 6, 6), torch.rand(1), torch.zeros(1, dtype=torch.long))
-    torch._dynamo.reset()
 
 
 # --- the data

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+RECOMPILE_LIMIT = 8  # torch's own
 CPU_INFO = Path("/proc/cpuinfo")
 ZEN_5 = 26  # AMD's first family that multiplies 512 bits at once, in servers at least; Zen 4 takes two halves in turn
 
@@ -58,11 +60,7 @@ def convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Call `aten::convolution_backward`, arguments and all; as an operator, one that the compiler knows nothing about.
-
-    Returns:
-        Gradients of x, weight and bias, empty where `output_mask` asks for none.
-    """
+    """Call `aten::convolution_backward` with these arguments; a gradient that `output_mask` leaves out is empty."""
     settings = (stride, padding, dilation, transposed, output_padding, groups, output_mask)
     gradients = torch.ops.aten.convolution_backward(grad_output, x, weight, bias_sizes, *settings)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
@@ -166,3 +164,12 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     if inductor.post_grad_custom_post_pass is None and onednn_multiplies_faster():
         options["post_grad_custom_post_pass"] = MultiplyByOneDNN()
     return options
+
+
+def allow_variants(windows: int) -> None:
+    """Let torch compile a block, one function to it, as often for every window as it does any other function at most.
+
+    Args:
+        windows: Different windows of a model.
+    """
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT * windows)

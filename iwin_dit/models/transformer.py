@@ -7,7 +7,7 @@ T, H, W of the token grid.
 
 import math
 import os
-from typing import Any, ClassVar, Literal, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, TypeGuard, cast, get_args
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -30,7 +30,7 @@ from ..nn import (
 )
 from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
-from .compilation import compile_options
+from .compilation import allow_variants, compile_options
 
 Size = int | tuple[int, ...]
 Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
@@ -215,12 +215,16 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the repeated block as any diffusers model does, but with `compile_options` unless told otherwise.
 
+        It is compiled for every window of a schedule, and again where the batch changes, with gradients and without;
+        torch's limit of such variants is raised with the number of windows, for the whole process.
+
         Args:
             args: As for `torch.nn.Module.compile`.
             kwargs: Likewise; `options` are added to ours and win over them, a `mode` or `backend` takes none of ours.
         """
         if not kwargs.keys() & {"mode", "backend"}:
             kwargs["options"] = compile_options(self.device) | (kwargs.get("options") or {})
+        allow_variants(len({cast(IwinDiTBlock, block).attn.window_size for block in self.blocks}))
         super().compile_repeated_blocks(*args, **kwargs)
 
     @property

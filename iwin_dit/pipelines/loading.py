@@ -24,7 +24,6 @@ CHECKPOINT_WEIGHTS: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "mode
 CHECKPOINT_MANIFEST = "checkpoint.json"  # step, and size and sha256 of the checkpoint's files
 EXPORT_RECORD = "training.json"  # step of a pipeline that training exported, always with the averaged weights
 INDEX = "model_index.json"
-BATCH_SIZES = 3  # variants of a compiled block: for the first size of a batch, for any other, and for a batch of one
 PIPELINES = {cls.__name__: cls for cls in (IwinDiTPipeline, IwinDiTVideoPipeline)}
 
 
@@ -43,7 +42,6 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     weights: Weights = "ema",
-    compiled: bool = False,
 ) -> IwinDiTPipeline | IwinDiTVideoPipeline:
     """Load a pipeline from a run, one of its checkpoints, a pipeline folder or the Hub: for images or for videos.
 
@@ -53,8 +51,6 @@ def load_pipeline(
         device: Where to put it.
         dtype: Of its weights.
         weights: "ema" for the averaged weights; "raw" for those that were trained, which only a checkpoint has.
-        compiled: Whether to compile the transformer's blocks, at the first batch and once more at the first of another
-            size. The process forgets what it compiled before, and compiles that anew when it is used again.
 
     Returns:
         The pipeline, ready to call.
@@ -70,14 +66,7 @@ def load_pipeline(
     pipe = PIPELINES[name].from_pretrained(found.folder, dtype=dtype)
     if found.weights is not None:
         load_strictly(pipe.transformer, load_file(found.weights), str(found.weights))
-    pipe.to(device)
-    if compiled:
-        torch.compiler.reset()  # other models' variants would count
-        windows = {block.attn.window_size for block in pipe.transformer.blocks}
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, BATCH_SIZES * len(windows))
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    return pipe
+    return pipe.to(device)
 
 
 def identify(path_or_id: str | Path, weights: Weights = "ema") -> dict[str, Any]:

@@ -24,12 +24,11 @@ from ..data.clips import ClipSettings
 from ..diffusion import DDPM, FlowMatching, Objective
 from ..evaluation.samples import MAX_COUNT, MAX_SEED
 from ..evaluation.suite import METRICS, check_metrics, needs_reference, of_clips
-from ..models.transformer import IwinDiTCore, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel, window_schedule
+from ..models.transformer import IwinDiTCore, IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 
 Modality = Literal["image", "video"]
 InitClasses = Literal["keep", "fresh"]
 MODELS: dict[str, type[IwinDiTCore]] = {"image": IwinDiTTransformer2DModel, "video": IwinDiTTransformer3DModel}
-MAX_COMPILED = 8  # variants of a block that torch's compiler builds before it gives up, its recompile_limit
 
 
 @dataclass
@@ -166,7 +165,7 @@ class TrainConfig:
         mixed_precision: "auto" takes the launcher's, or "no".
         gradient_checkpointing: Recompute blocks in the backward pass, for memory.
         compile: Compile the repeated block, once for every window of a schedule, and once more where some steps are of
-            single frames and others not; of more than 8 such variants it is refused.
+            single frames and others not.
         compile_options: Of torch's compiler (`torch._inductor.config`), by name; they are added to ours and win over
             them.
         ema_halflife_images: Images after which a weight counts half in the averaged weights; a twentieth of the images
@@ -331,7 +330,7 @@ class Config:
         self._check_clips()
         self._check_metrics()
         self._check_guidance()
-        self._check_compilation()
+        self._check_compile_options(self.train.compile_options)
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
             raise ValueError(
@@ -421,24 +420,9 @@ class Config:
                     f"that guidance needs untrained, got {scale}"
                 )
 
-    def _check_compilation(self) -> None:
-        """Raise a ValueError for options that the compiler does not have, or more variants than it builds."""
-        if self.train.compile_options:
-            self._check_compile_options(self.train.compile_options)
-        if not self.train.compile or self.model["window_size"] == "auto":
-            return
-        rank = MODELS[self.modality].rank
-        windows = len(set(window_schedule(self.model["window_size"], rank, self.model["num_layers"])))
-        lengths = 2 if 0 < self.data.image_steps < 1 else 1  # of clips, and of single frames
-        if windows * lengths > MAX_COMPILED:
-            raise ValueError(
-                f"train.compile takes at most {MAX_COMPILED} variants of the block, got {windows} different windows in "
-                f"model.window_size{' for clips and for single frames' if lengths == 2 else ''}: use fewer, or set "
-                "train.compile to false"
-            )
-
     def _check_compile_options(self, options: dict[str, Any]) -> None:
-        if not self.train.compile:
+        """Raise a ValueError for options that the compiler does not have."""
+        if options and not self.train.compile:
             raise ValueError(f"train.compile_options needs train.compile true, got {options}")
         known = inductor.get_config_copy()
         for name, value in options.items():
