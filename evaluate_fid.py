@@ -243,7 +243,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="image i is drawn with seed * 2^20 + i; default 0, below 4096")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint folder; default ema")
     parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the model's blocks: seconds first, then faster"
+        "--compile", action="store_true", default=None, help="compile the model's blocks: pays off in long runs"
     )
 
 
@@ -510,7 +510,6 @@ def open_pipeline(model: str, args: argparse.Namespace, accelerator: "Accelerato
         raise ValueError(f"--weights {weights}: {model} has one set of weights, and does not say which it is")
     pipe = load_pipeline(model, accelerator.device, dtypes[precision], weights)
     if args.compile:
-        torch.compiler.reset()  # variants of a sweep's other models would count
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     made = Made(pipe.rank == 3, pipe.default_size, sampled=True)
     if (stride := pipe.config.get("frame_stride")) is not None:
@@ -682,6 +681,8 @@ def reference(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
 def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Measure every combination of models and settings: a JSON each, a table and a plot of those so far."""
+    import torch
+
     from iwin_dit.charts import require_matplotlib
     from iwin_dit.evaluation.sweep import grid, measure_grid, write_sweep
     from iwin_dit.training.stop import StopRequest
@@ -699,6 +700,7 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         settled = {"metrics": comparison.metrics, "reference": comparison.reference}
 
         def open_alike(model: str) -> "Opened":
+            torch.compiler.reset()  # variants of the models before would count
             found, needed = open_pipeline(model, argparse.Namespace(**{**vars(args), **settled}), accelerator)
             if needed != comparison:
                 raise ValueError(

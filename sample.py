@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="samples at a time, with equal results (64 images, 8 clips)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile the model's blocks: seconds first, then faster")
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks: pays off in long runs")
     videos = parser.add_argument_group("video models only")
     videos.add_argument("--frames", type=int, help="frames of a clip (default: as in training)")
     videos.add_argument("--fps", type=float, help="frames per second to play at (default: as in training)")

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import nn
-from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_dit
@@ -300,7 +299,7 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
         layers: Blocks.
         batch: In memory.
         mode: A key of `MODES`: "eager", as diffusers ships it, or compiled as a whole, its products those of our mode
-            and its layout torch's own choice, since ours is for our blocks.
+            and everything else left to torch, since our other options are for our blocks.
 
     Returns:
         The step.
@@ -317,8 +316,8 @@ def dit_step(training: Training, shape: Shape, layers: int, batch: Batch, mode: 
     )
     dit.to(training.accelerator.device).train()
     if mode != "eager":
-        layout = {"layout_optimization": inductor.layout_optimization}
-        dit.compile(dynamic=False, options=options_of(mode, training.accelerator.device) | layout)
+        products = options_of(mode, training.accelerator.device).get("post_grad_custom_post_pass")
+        dit.compile(dynamic=False, options={"post_grad_custom_post_pass": products})
     optim = training.config.optim
     optimizer = torch.optim.AdamW(
         dit.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True

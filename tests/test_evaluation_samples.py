@@ -186,6 +186,22 @@ def test_one_set_of_weights_in_another_model_is_another_request(pipe):
     assert samples(pipe).request() != samples(other).request()
 
 
+@pytest.mark.parametrize(
+    "compile_model",
+    [
+        lambda model: model.compile_repeated_blocks(backend="eager"),
+        lambda model: model.compile(backend="eager"),
+        lambda model: torch.compile(model, backend="eager"),
+    ],
+    ids=["blocks", "in place", "wrapped"],
+)
+def test_compiled_samples_are_another_request_however_they_are_compiled(pipe, compile_model):
+    model = tiny_model()
+    wrapped = compile_model(model)
+    other = IwinDiTPipeline(model if wrapped is None else wrapped, pipe.vae, pipe.scheduler)
+    assert samples(pipe).request() | {"compiled": True} == samples(other).request()
+
+
 def test_a_pipeline_without_vae_is_refused():
     with pytest.raises(ValueError, match="has no VAE"):
         samples(IwinDiTPipeline(tiny_model(), None, FlowMatchEulerDiscreteScheduler()))

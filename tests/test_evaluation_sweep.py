@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from filelock import FileLock
 from PIL import Image
+from torch._dynamo import config as dynamo
 
 import evaluate_fid
 from iwin_dit import IwinDiTPipeline
@@ -147,8 +148,9 @@ def test_charts_are_pictures_and_other_files_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys, caplog):
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with an untrained classifier and twenty digits in `real`."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     DigitsFeatures().save(tmp_path / CLASSIFIER, {})
@@ -156,6 +158,11 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys, caplo
     Path("real").mkdir()
     for i in range(20):
         Image.fromarray(digits[i].permute(1, 2, 0).numpy()).save(f"real/{i:02}.png")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was(workplace: Path, capsys, caplog):
     model = tiny_model(sample_size=16, patch_size=2)
     for name in ("runs/a", "runs/b"):
         IwinDiTPipeline(model, tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(f"{name}/pipeline")
@@ -165,7 +172,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys, caplo
     interval = ("--guidance-interval", "0.1", "0.9")
     with pytest.raises(ValueError, match="expected a scheduler of"):
         evaluate_fid.main([*command, "--scheduler", "UniPCMultistep", "DDIM"])
-    (tmp_path / "runs/c/pipeline").mkdir(parents=True)
+    (workplace / "runs/c/pipeline").mkdir(parents=True)
     with pytest.raises(ValueError, match="expected a run folder"):
         evaluate_fid.main([*command[:4], "runs/c", *command[4:]])
     assert list(Path("sweep").iterdir()) == []  # every setting and model is looked at before the first sample
@@ -197,9 +204,25 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys, caplo
 
     with pytest.raises(ValueError, match=r"was made otherwise \(generated\.seed is 0 there, 1 was asked for\)"):
         evaluate_fid.main([*command, *interval, "--seed", "1"])
+    with pytest.raises(ValueError, match=r"generated\.compiled is false there, true was asked for"):
+        evaluate_fid.main([*command, *interval, "--compile"])
     next(iter(results)).write_text("{}")
     with pytest.raises(ValueError, match="is not a result of a sweep"):
         evaluate_fid.main([*command, *interval])
+
+
+@pytest.mark.slow
+def test_models_of_different_sizes_are_compiled_one_after_the_other(workplace: Path):
+    """A variant each, where torch may build one: what was compiled for a model is forgotten with it."""
+    for heads in (1, 2):
+        model = tiny_model(sample_size=16, patch_size=2, num_attention_heads=heads)
+        IwinDiTPipeline(model, tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(str(heads))
+    command = ["sweep", "--model", "1", "2", "--guidance", "1", "--steps", "1", "--num-samples", "4", "--compile"]
+    command += ["--reference", "real", "--metrics", "frechet_digits", "--out", "sweep"]
+    with dynamo.patch(recompile_limit=1):
+        evaluate_fid.main(command)
+    results = [json.loads(path.read_text()) for path in Path("sweep").glob("*.json")]
+    assert [result["generated"]["compiled"] for result in results] == [True, True]
 
 
 def test_the_table_is_there_after_every_point(tmp_path):

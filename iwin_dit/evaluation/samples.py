@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
 from ..pipelines import IwinDiTPipeline, IwinDiTVideoPipeline
@@ -177,6 +178,7 @@ class SampledImages:
             **({} if self.frames is None else {"frames": self.frames, "fps": self.fps}),
             "transformer": {key: value for key, value in model.items() if not key.startswith("_")},
             "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
+            "compiled": is_compiled(self.pipe.transformer),
             "vae": self._vae,
             "labels": rules[self.sampling.labels],
             "seed": self.sampling.seed,
@@ -196,7 +198,6 @@ class SampledImages:
             "seeds": [generator_seed(self.sampling.seed, i) for i in (0, self.count - 1)],
             "timesteps": self._timesteps,
             "sigmas": self._sigmas,
-            "compiled": self.pipe.transformer.is_compiled,  # which rounds otherwise, as another batch size does
         }
 
     @contextlib.contextmanager
@@ -231,6 +232,11 @@ def describe(request: Mapping[str, Any]) -> str:
     words += ["random labels"] * request["labels"].startswith("random")
     words += ["raw weights"] * (request.get("weights") == "raw")
     return ", ".join(words)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module or a part of it runs compiled."""
+    return is_compiled_module(module) or any(part._compiled_call_impl is not None for part in module.modules())
 
 
 def generator_seed(seed: int, index: int) -> int:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.exc import InvalidCxxCompiler
 
-RECOMPILE_LIMIT = 8  # torch's own
+VARIANTS = 8  # torch's own limit for a function
 CPU_INFO = Path("/proc/cpuinfo")
 ZEN_5 = 26  # AMD's first family that multiplies 512 bits at once, in servers at least; Zen 4 takes two halves in turn
 
@@ -47,7 +49,7 @@ def plain_mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def convolution_backward(
+def plain_convolution_backward(
     grad_output: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -60,16 +62,38 @@ def convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Call `aten::convolution_backward` with these arguments; a gradient that `output_mask` leaves out is empty."""
+    """Compute the gradients of a convolution by torch's default, `aten::convolution_backward`.
+
+    Args:
+        grad_output: (B, C_out, *S_out), any strides.
+        x: (B, C_in, *S), any strides.
+        weight: (C_out, C_in / groups, *K).
+        bias_sizes: [C_out], or None.
+        stride: As that operator takes it, like all that follow.
+        padding: Likewise.
+        dilation: Likewise.
+        transposed: Likewise.
+        output_padding: Likewise.
+        groups: Likewise.
+        output_mask: Which of the three gradients are wanted.
+
+    Returns:
+        Gradients of x, weight and bias; one that is not wanted is empty.
+    """
     settings = (stride, padding, dilation, transposed, output_padding, groups, output_mask)
     gradients = torch.ops.aten.convolution_backward(grad_output, x, weight, bias_sizes, *settings)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
-opaque_convolution_backward = torch.library.custom_op(
-    "iwin_dit::convolution_backward", convolution_backward, mutates_args=(), device_types="cpu"
+# The same as an operator of ours, for which the compiler has no rule but to keep the order of the arguments' axes.
+convolution_backward = torch.library.custom_op(
+    "iwin_dit::convolution_backward",
+    plain_convolution_backward,
+    mutates_args=(),
+    device_types="cpu",
+    tags=(torch.Tag.needs_fixed_stride_order,),
 )
-opaque_convolution_backward.register_fake(convolution_backward)
+convolution_backward.register_fake(plain_convolution_backward)
 
 
 class BlockPass(CustomGraphPass):
@@ -95,8 +119,9 @@ class BlockPass(CustomGraphPass):
 class KeepConvolutionLayout(BlockPass):
     """Replaces gradients of convolutions by `convolution_backward`, which takes tensors as they lie.
 
-    The compiler gives them the order of the weight's gradient, whose axis of one channel it cannot place: it would copy
-    tokens, channels last, to an order with W innermost, then to NCHW, and convolve there.
+    torch 2.14 gives its own operator (`convolution_backward_lowering`) tensors in the order of the weight's gradient,
+    whose axis of one channel it cannot place: it would copy tokens, channels last, to an order with W innermost, then
+    to NCHW, and convolve there.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -166,10 +191,30 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     return options
 
 
-def allow_variants(windows: int) -> None:
-    """Let torch compile a block, one function to it, as often for every window as it does any other function at most.
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile for a CPU without a C++ compiler, which torch would only miss at the first batch.
 
     Args:
-        windows: Different windows of a model.
+        device: Of the weights.
+
+    Raises:
+        ValueError: If there is none.
     """
-    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT * windows)
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ValueError(
+                f"compiling for a CPU needs a C++ compiler, got none of {inductor.cpp.cxx[1:]}: install g++, or name "
+                "another in the environment variable CXX, or do without compiling"
+            ) from error
+
+
+def allow_variants(windows: int) -> None:
+    """Raise torch's limit of compiled variants to 8 for every window, in this thread: blocks are one function to it.
+
+    Args:
+        windows: How many different windows a model has; with one, torch's limit stays.
+    """
+    if windows > 1:
+        dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS * windows)

@@ -7,7 +7,7 @@ T, H, W of the token grid.
 
 import math
 import os
-from typing import Any, ClassVar, Literal, TypeGuard, cast, get_args
+from typing import Any, ClassVar, Literal, TypeGuard, get_args
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -30,7 +30,7 @@ from ..nn import (
 )
 from ..nn.blocks import Activation, BlockStructure, Gate, Modulation, NormType
 from ..nn.windows import GlobalExchange, WindowPadding, global_exchange, per_axis, plan_window
-from .compilation import allow_variants, compile_options
+from .compilation import allow_variants, check_compiler, compile_options
 
 Size = int | tuple[int, ...]
 Windows = Size | list[tuple[int, ...]] | Literal["auto"]  # one for every block, or a schedule
@@ -215,22 +215,22 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the repeated block as any diffusers model does, but with `compile_options` unless told otherwise.
 
-        It is compiled for every window of a schedule, and again where the batch changes, with gradients and without;
-        torch's limit of such variants is raised with the number of windows, for the whole process.
+        For every window, the first batch size has a variant of its own, all others have one together, and so has a
+        batch of one; likewise with gradients and without. `allow_variants` raises torch's limit of them.
 
         Args:
             args: As for `torch.nn.Module.compile`.
             kwargs: Likewise; `options` are added to ours and win over them, a `mode` or `backend` takes none of ours.
+
+        Raises:
+            ValueError: If a C++ compiler is needed and there is none.
         """
         if not kwargs.keys() & {"mode", "backend"}:
             kwargs["options"] = compile_options(self.device) | (kwargs.get("options") or {})
-        allow_variants(len({cast(IwinDiTBlock, block).attn.window_size for block in self.blocks}))
+        if "backend" not in kwargs:
+            check_compiler(self.device)
+        allow_variants(len(set(self.window_sizes)))
         super().compile_repeated_blocks(*args, **kwargs)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the repeated block runs compiled."""
-        return any(block._compiled_call_impl is not None for block in self.blocks)
 
     @property
     def null_class(self) -> int:
