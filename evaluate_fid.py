@@ -700,7 +700,8 @@ def sweep(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         settled = {"metrics": comparison.metrics, "reference": comparison.reference}
 
         def open_alike(model: str) -> "Opened":
-            torch.compiler.reset()  # variants of the models before would count
+            if args.compile:
+                torch.compiler.reset()  # variants of the models before would count
             found, needed = open_pipeline(model, argparse.Namespace(**{**vars(args), **settled}), accelerator)
             if needed != comparison:
                 raise ValueError(

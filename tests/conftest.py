@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo
 
 from iwin_dit.data.codec import LatentCodec
 from iwin_dit.data.latents import LatentDataset, LatentStore
@@ -35,13 +36,15 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def state_of_the_process() -> Iterator[None]:
-    """Put back what scripts, which some tests run in this process, set for good: levels of loggers, torch's threads."""
+    """Put back what is set for good: levels of loggers, torch's threads, and its limit of compiled variants."""
     loggers = [logging.getLogger(name) for name in (None, "iwin_dit")]
     levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
+    limit = dynamo.recompile_limit
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
     torch.set_num_threads(threads)
+    dynamo.recompile_limit = limit
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def test_a_sweep_goes_on_where_it_was(workplace: Path, capsys, caplog):
 
     with pytest.raises(ValueError, match=r"was made otherwise \(generated\.seed is 0 there, 1 was asked for\)"):
         evaluate_fid.main([*command, *interval, "--seed", "1"])
-    with pytest.raises(ValueError, match=r"generated\.compiled is false there, true was asked for"):
+    with pytest.raises(ValueError, match=r"generated\.compiled is nothing there, true was asked for"):
         evaluate_fid.main([*command, *interval, "--compile"])
     next(iter(results)).write_text("{}")
     with pytest.raises(ValueError, match="is not a result of a sweep"):

@@ -178,7 +178,7 @@ class SampledImages:
             **({} if self.frames is None else {"frames": self.frames, "fps": self.fps}),
             "transformer": {key: value for key, value in model.items() if not key.startswith("_")},
             "dtype": str(self.pipe.transformer.dtype).removeprefix("torch."),
-            "compiled": is_compiled(self.pipe.transformer),
+            **({"compiled": True} if is_compiled(self.pipe.transformer) else {}),
             "vae": self._vae,
             "labels": rules[self.sampling.labels],
             "seed": self.sampling.seed,
@@ -231,6 +231,7 @@ def describe(request: Mapping[str, Any]) -> str:
     words += [f"{request['num_inference_steps']} steps", request["scheduler"]["class"].removesuffix("Scheduler")]
     words += ["random labels"] * request["labels"].startswith("random")
     words += ["raw weights"] * (request.get("weights") == "raw")
+    words += ["compiled"] * request.get("compiled", False)
     return ", ".join(words)
 
 

@@ -6,7 +6,7 @@ switched off by giving torch's own value: `layout_optimization=True`, `post_grad
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,22 +191,24 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     return options
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, options: Mapping[str, Any]) -> None:
     """Refuse to compile for a CPU without a C++ compiler, which torch would only miss at the first batch.
 
     Args:
         device: Of the weights.
+        options: Of torch's compiler, which may name one.
 
     Raises:
         ValueError: If there is none.
     """
     if device.type == "cpu":
         try:
-            get_cpp_compiler()
+            with inductor.patch(dict(options)):
+                get_cpp_compiler()
         except InvalidCxxCompiler as error:
             raise ValueError(
-                f"compiling for a CPU needs a C++ compiler, got none of {inductor.cpp.cxx[1:]}: install g++, or name "
-                "another in the environment variable CXX, or do without compiling"
+                f"compiling for a CPU needs a C++ compiler ({error}): install g++, or name another in the environment "
+                "variable CXX, or do without compiling"
             ) from error
 
 

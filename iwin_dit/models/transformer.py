@@ -215,8 +215,9 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the repeated block as any diffusers model does, but with `compile_options` unless told otherwise.
 
-        For every window, the first batch size has a variant of its own, all others have one together, and so has a
-        batch of one; likewise with gradients and without. `allow_variants` raises torch's limit of them.
+        For every window, the first batch size gets a variant, and all others together one to three: torch tells batches
+        of one, and on a CPU convolutions of fewer than 16 images, from the rest. With gradients and without are two.
+        `allow_variants` raises torch's limit of them, in this thread.
 
         Args:
             args: As for `torch.nn.Module.compile`.
@@ -227,8 +228,8 @@ class IwinDiTCore(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         """
         if not kwargs.keys() & {"mode", "backend"}:
             kwargs["options"] = compile_options(self.device) | (kwargs.get("options") or {})
-        if "backend" not in kwargs:
-            check_compiler(self.device)
+        if "backend" not in kwargs and not kwargs.get("disable"):
+            check_compiler(self.device, kwargs.get("options") or {})
         allow_variants(len(set(self.window_sizes)))
         super().compile_repeated_blocks(*args, **kwargs)
 
