@@ -10,7 +10,7 @@ from torch._inductor import config as inductor
 
 from benchmarks.goals import KERNELS, by_axes
 from benchmarks.sides import Shape, windows_for
-from iwin_dit.models.compilation import onednn_multiplies_faster
+from iwin_dit.models.compilation import compile_options, onednn_multiplies_faster
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Modes with the compiler's options that they add to the library's own (`compile_options`); None is not compiled.
@@ -19,11 +19,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compiled": {},
     "compiled-aten": {"post_grad_custom_post_pass": None},
-    "compiled-plain": {
-        "post_grad_custom_pre_pass": None,
-        "post_grad_custom_post_pass": None,
-        "layout_optimization": inductor.layout_optimization,
-    },
+    "compiled-plain": {name: getattr(inductor, name) for name in compile_options(torch.device("cpu"))},
 }
 # The sizes of the goals: S's width on a CPU, XL/1 on a GPU. Batches keep their tokens at every size of the grid.
 SIZES: dict[str, dict[str, Any]] = {

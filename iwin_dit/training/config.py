@@ -330,7 +330,7 @@ class Config:
         self._check_clips()
         self._check_metrics()
         self._check_guidance()
-        self._check_compile_options(self.train.compile_options)
+        self._check_compile_options()
         expected = self.build_objective().out_channels(self.model["in_channels"])
         if self.model["out_channels"] not in (None, expected):
             raise ValueError(
@@ -420,8 +420,9 @@ class Config:
                     f"that guidance needs untrained, got {scale}"
                 )
 
-    def _check_compile_options(self, options: dict[str, Any]) -> None:
+    def _check_compile_options(self) -> None:
         """Raise a ValueError for options that the compiler does not have."""
+        options = self.train.compile_options
         if options and not self.train.compile:
             raise ValueError(f"train.compile_options needs train.compile true, got {options}")
         known = inductor.get_config_copy()
